@@ -1,0 +1,157 @@
+"""The configuration's checks, without Snakemake."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evoloss import config as settings
+from evoloss.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+SCHEMA = settings.read_schema(ROOT / "workflow" / "schemas" / "config.schema.yaml")
+SHIPPED = [ROOT / "config.yaml", *sorted((ROOT / "workflow" / "presets").glob("*.yaml"))]
+
+
+@pytest.fixture
+def config() -> dict[str, Any]:
+    return settings.read_config(ROOT / "config.yaml")
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_configurations_are_valid(path: Path) -> None:
+    settings.validate_config(settings.read_config(path), SCHEMA, path.name)
+
+
+def test_every_level_of_the_schema_refuses_unknown_keys() -> None:
+    def find_open(schema: Any, path: str) -> list[str]:
+        if not isinstance(schema, dict):
+            return []
+        found = [path] if "properties" in schema and "additionalProperties" not in schema else []
+        return found + [p for key, part in schema.items() for p in find_open(part, f"{path}/{key}")]
+
+    assert find_open(SCHEMA, "") == []
+
+
+def set_value(config: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split("/")
+    for key in parents:
+        config = config.setdefault(key, {})
+    config[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "sentence"),
+    [
+        ("serach", {}, "unknown key: 'serach' (did you mean 'search'?)"),
+        ("tasks/diabetes/model", "mlp", "unknown key in tasks.diabetes: 'model'"),
+        ("tasks/diabetes/search", {"max_hight": 3}, "did you mean 'max_height'?"),
+        ("tasks/my-task", {"dataset": "diabetes", "models": ["mlp"]}, "must start with a letter"),
+        ("tasks/diabetes", None, "tasks.diabetes must be a mapping of keys to values, not empty"),
+        ("search/max_height", "10", "search.max_height must be an integer (at least 1), not the"),
+        ("search/max_height", True, "not true"),
+        ("training/learning_rate", "1e-3", "YAML needs a dot to see a number: write 1.0e-3"),
+        ("training/learning_rate", float("nan"), "training.learning_rate must be a finite number"),
+        ("training/learning_rate", float("inf"), "training.learning_rate must be a finite number"),
+        ("training/learning_rate", 0, "greater than 0"),
+        ("training/momentum", 1.0, "less than 1"),
+        ("device", "gpu", "device has unknown value 'gpu' (did you mean 'cpu'?)"),
+        ("train_seeds", [0, 1, 0], "train_seeds lists 0 twice"),
+        ("search_seeds", [], "search_seeds must be a list"),
+        ("methods", ["evomall"], "unknown method in methods: 'evomall' (did you mean 'evomal'?)"),
+        ("tasks/diabetes/dataset", "iris", "tasks.diabetes: unknown dataset 'iris'; accepted:"),
+        ("tasks/diabetes/models", ["resnet"], "unknown model 'resnet'"),
+        ("tasks/diabetes/models", ["gru"], "model 'gru' does not suit dataset 'diabetes' (table)"),
+        ("tasks/diabetes/models", ["mlp", "mlp"], "tasks.diabetes.models lists 'mlp' twice"),
+        ("tasks/diabetes/label_noise", {"kind": "symmetric", "rate": 0.5}, "needs a classific"),
+        ("tasks/mnist5k/label_noise", {"kind": "symmetric", "rate": 1}, "less than 1"),
+        ("datasets/split", [0.5, 0.2, 0.2], "[0.5, 0.2, 0.2] sums to 0.9"),
+        ("datasets/split", [0.5, 0.5], "datasets.split must be a list (entries: 3)"),
+        ("search/elitism_rate", 0.2, "elitism_rate must be at most 1, but is 1.15"),
+        ("search/init_min_height", 5, "init_min_height <= init_max_height <= max_height"),
+        ("search/tournament_size", 11, "tournament_size 11 must be at most population_size 10"),
+        ("training/nesterov", True, "training.nesterov: true needs training.momentum"),
+        ("train/num_evaluations", 10**6, "must be at most train.steps"),
+        ("tune_learning_rate/minimum", 1.0, "must be less than maximum"),
+    ],
+)
+def test_refused_with_a_sentence(
+    config: dict[str, Any], path: str, value: Any, sentence: str
+) -> None:
+    set_value(config, path, value)
+    with pytest.raises(ConfigError) as caught:
+        settings.validate_config(config, SCHEMA, "my.yaml")
+    assert str(caught.value).startswith("my.yaml: ")
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_key_is_required(config: dict[str, Any]) -> None:
+    for section in config:
+        incomplete = {key: value for key, value in config.items() if key != section}
+        with pytest.raises(ConfigError, match=f"key '{section}' is missing"):
+            settings.validate_config(incomplete, SCHEMA)
+
+
+def test_own_csv_dataset(config: dict[str, Any], tmp_path: Path) -> None:
+    options = {"path": str(tmp_path / "my.csv"), "target": "t", "kind": "regression"}
+    config["datasets"]["csv"] = {"my_data": options}
+    config["tasks"]["diabetes"]["dataset"] = "my_data"
+    with pytest.raises(ConfigError, match=r"datasets\.csv\.my_data\.path: there is no file"):
+        settings.validate_config(config, SCHEMA)
+    (tmp_path / "my.csv").write_text("t\n1\n")
+    settings.validate_config(config, SCHEMA)
+    assert settings.describe_dataset(config, "my_data") == ("regression", "table")
+
+
+def test_a_task_overrides_single_keys(config: dict[str, Any]) -> None:
+    merged = settings.merge_section(config, "diabetes", "training")
+    assert merged["momentum"] == config["tasks"]["diabetes"]["training"]["momentum"]
+    assert merged["batch_size"] == config["training"]["batch_size"]
+    assert list(merged) == sorted(merged)
+    assert settings.merge_section(config, "mnist5k", "training")["momentum"] == 0.0
+    assert settings.uses_tuned_rate(config, "mnist5k_noisy")
+    assert not settings.uses_tuned_rate(config, "mnist5k")
+
+
+def test_order_of_keys_changes_no_parameter(config: dict[str, Any]) -> None:
+    reordered = copy.deepcopy(config)
+    reordered["search"] = dict(reversed(reordered["search"].items()))
+    first = settings.merge_section(config, "mnist5k", "search")
+    assert repr(settings.merge_section(reordered, "mnist5k", "search")) == repr(first)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("a: 1\nb: [1\n", "is not valid YAML in line 3"),
+        ("a: 1\n\tb: 2\n", "is not valid YAML in line 2"),
+        ("a: {b: 1, b: 2}\n", "key 'b' is given twice, the second time in line 1"),
+        ("- a\n", "must be a mapping"),
+        ("", "must be a mapping"),
+        ("a: \x00\n", "is not valid YAML"),
+    ],
+)
+def test_unreadable_files_are_named(tmp_path: Path, text: str, sentence: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        settings.read_config(path)
+    assert "bad.yaml" in str(caught.value)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml cannot be read"):
+        settings.read_config(tmp_path / "none.yaml")
+
+
+def test_names_agree_with_the_registries() -> None:
+    datasets = pytest.importorskip("evoloss.tasks.datasets")
+    models = pytest.importorskip("evoloss.tasks.models")
+    assert set(datasets.DATASETS) - {"csv"} == set(settings.DATASETS)
+    assert set(models.MODELS) == set(settings.MODELS)

@@ -1,0 +1,95 @@
+"""The tiny preset, from the first rule to the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from evoloss.config import read_config
+from evoloss.results import read_json, read_parquet
+from snakemake_runner import PRESETS, start_snakemake
+
+pytestmark = pytest.mark.workflow
+
+FIGURES = ("test_error", "learning_curves", "search_progress", "filters", "losses", "formulas")
+TABLES = ("test_error", "comparison", "losses", "searches", "datasets")
+NOTHING = "Nothing to be done"
+
+
+def test_everything_is_there(tiny_run: Path) -> None:
+    results = tiny_run / "results"
+    wanted = [results / "report.html"]
+    wanted += [results / f"figures/{name}.{ext}" for name in FIGURES for ext in ("svg", "png")]
+    wanted += [results / f"tables/{name}.{ext}" for name in TABLES for ext in ("csv", "md")]
+    missing = [str(path) for path in wanted if not path.is_file() or path.stat().st_size == 0]
+    assert not missing
+    report = (results / "report.html").read_text(encoding="utf-8")
+    assert "test_error" in report
+
+
+def test_losses_and_trainings_are_whole(tiny_run: Path) -> None:
+    config = read_config(PRESETS / "tiny.yaml")
+    losses = sorted(tiny_run.glob("results/finetune_loss/*/*/seed_*/loss.json"))
+    assert len(losses) == len(config["tasks"]) * 2 * len(config["search_seeds"])
+    for path in losses:
+        loss = read_json(path)
+        assert loss["format"] == "evoloss-loss"
+        assert loss["status"] in ("ok", "failed")
+    for path in tiny_run.glob("results/train_model/**/*.parquet"):
+        frame = read_parquet(path)
+        assert set(frame["split"]) <= {"train", "validation", "test"}
+        assert frame["step"].max() == config["train"]["steps"]
+
+
+def test_every_job_left_a_log_and_a_benchmark(tiny_run: Path) -> None:
+    results = tiny_run / "results"
+    logs = {p.relative_to(results / "logs").with_suffix("") for p in results.glob("logs/**/*.log")}
+    benchmarks = {
+        p.relative_to(results / "benchmarks").with_suffix("")
+        for p in results.glob("benchmarks/**/*.tsv")
+    }
+    assert logs == benchmarks
+    assert len(logs) > 30
+
+
+def test_second_run_does_nothing(tiny_run: Path) -> None:
+    done = start_snakemake(tiny_run, "--cores", 2, "--configfile", PRESETS / "tiny.yaml")
+    assert done.returncode == 0
+    assert NOTHING in done.stdout
+
+
+def test_order_of_keys_and_comments_rerun_nothing(tiny_run: Path, tmp_path: Path) -> None:
+    def reverse(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: reverse(value[key]) for key in reversed(value)}
+        return value
+
+    path = tmp_path / "reordered.yaml"
+    config = reverse(read_config(PRESETS / "tiny.yaml"))
+    path.write_text("# another comment\n" + yaml.safe_dump(config, sort_keys=False))
+    done = start_snakemake(tiny_run, "-n", "--configfile", path)
+    assert done.returncode == 0
+    assert NOTHING in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("override", "reruns", "spares"),
+    [
+        ("local_search: {meta_steps: 3}", "search_loss", "tune_learning_rate"),
+        ("simplify: {tolerance: 1.0e-5}", "simplify_loss", "search_loss"),
+        ("finetune: {meta_steps: 3}", "finetune_loss", "simplify_loss"),
+        ("train_seeds: [0, 1, 2]", "train_model", "finetune_loss"),
+    ],
+)
+def test_a_key_reruns_only_what_depends_on_it(
+    tiny_run: Path, tmp_path: Path, override: str, reruns: str, spares: str
+) -> None:
+    path = tmp_path / "override.yaml"
+    path.write_text(override + "\n")
+    done = start_snakemake(tiny_run, "-n", "--configfile", PRESETS / "tiny.yaml", path)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert f"\nrule {reruns}:" in done.stdout or f"localrule {reruns}:" in done.stdout
+    assert f"rule {spares}:" not in done.stdout
+    assert "rule prepare_dataset:" not in done.stdout

@@ -1,0 +1,92 @@
+"""Figure: best and median fitness of the searches by generation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from evoloss.analysis.final import order_methods
+from evoloss.analysis.load import SEARCH_KEYS
+from evoloss.analysis.style import (
+    axis_scale,
+    empty_figure,
+    log_axis_if_wide,
+    method_style,
+    metric_label,
+    note_in_panel,
+    panel_grid,
+)
+
+
+def draw_search_progress(searches: pd.DataFrame) -> Figure:
+    """Draw one panel per task: the mean over search seeds, and the best of every search.
+
+    Parameters
+    ----------
+    searches : DataFrame
+        As made by `evoloss.analysis.load.load_searches`, with the task's ``metric``.
+    """
+    groups = list(searches.groupby("task"))
+    if not groups:
+        return empty_figure("No searches.")
+    figure, panels = panel_grid(len(groups), columns=2 if len(groups) in (2, 4) else 3)
+    for axes, (task, group) in zip(panels, groups, strict=True):
+        _draw_panel(axes, group)
+        axes.set_title(str(task), loc="left")
+    handles = [
+        Line2D([], [], color=style.colour, marker=style.marker, linewidth=2, label=name)
+        for name, style in (
+            (name, method_style(name)) for name in order_methods(list(searches["method"]))
+        )
+    ]
+    handles += [
+        Line2D([], [], color="#666666", linewidth=2, label="best, mean of searches"),
+        Line2D([], [], color="#666666", linewidth=0.7, label="best, each search"),
+        Line2D([], [], color="#666666", linestyle="dashed", label="median, mean of searches"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, handlelength=3)
+    return figure
+
+
+def _draw_panel(axes: Axes, group: pd.DataFrame) -> None:
+    metric = group["metric"].dropna().iloc[0] if group["metric"].notna().any() else None
+    scale = axis_scale(metric)
+    shown = []
+    for method in order_methods(list(group["method"])):
+        style = method_style(method)
+        mine = group[(group["method"] == method) & group["generation"].notna()]
+        tables = {}
+        for name in ("best_fitness", "median_fitness"):
+            table = mine.pivot_table(index="generation", columns="search_seed", values=name)
+            # a generation in which everything was rejected has no median: a gap, not a peak
+            tables[name] = table.where(np.isfinite(table)) * scale
+        for seed in tables["best_fitness"].columns:
+            best = tables["best_fitness"][seed]
+            axes.plot(best.index, best, color=style.colour, linewidth=0.7, alpha=0.7)
+        for name, table in tables.items():
+            mean = table.mean(axis=1)
+            line = {"linestyle": "dashed", "linewidth": 1.2}
+            if name == "best_fitness":
+                line = {"marker": style.marker, "markersize": 4.5, "linewidth": 2.0}
+            axes.plot(mean.index, mean, color=style.colour, **line)  # type: ignore[arg-type]
+            shown.append(mean.to_numpy(dtype=float))
+    log_axis_if_wide(axes, np.concatenate(shown) if shown else [])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("generation")
+    axes.set_ylabel(metric_label(metric, "fitness:"))
+    failed = group[group["status"] == "failed"].drop_duplicates(SEARCH_KEYS)
+    note_in_panel(axes, [describe_failure(row) for row in failed.to_dict("records")], top=True)
+
+
+def describe_failure(row: Mapping[Any, Any]) -> str:
+    """Return ``evomal, seed 1 failed: reason`` for a row of the searches or losses."""
+    reason = row.get("reason")
+    why = f": {reason}" if isinstance(reason, str) and reason else ""
+    return f"{row['method']}, seed {row['search_seed']} failed{why}"

@@ -1,0 +1,248 @@
+"""The configuration: what is accepted, one sentence for what is not, and per-task overrides merged.
+
+The shape (keys, types, ranges) is the JSON schema's business
+(``workflow/schemas/config.schema.yaml``); this module turns its first complaint into a sentence and
+checks what a schema cannot say. It imports neither torch nor Snakemake, because every job of a
+workflow reads the configuration anew.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import yaml
+
+from evoloss.config_messages import describe_error, rank_error
+from evoloss.errors import ConfigError, describe_choices
+
+Config = Mapping[str, Any]
+
+METHODS = ("baseline", "baseline_tuned", "gp_lfl", "evomal")
+LEARNED_METHODS = ("gp_lfl", "evomal")
+TASK_SECTIONS = ("training", "search", "local_search", "finetune", "train", "tune_learning_rate")
+"""Sections whose keys a task may override in a subsection of the same name."""
+
+DATASETS = {
+    "diabetes": ("regression", "table"),
+    "mnist5k": ("classification", "image"),
+    "surnames": ("classification", "text"),
+}
+"""Built-in datasets: (kind of task, form of input)."""
+
+MODELS = {
+    "linear": ("table", "image"),
+    "mlp": ("table", "image"),
+    "lenet5": ("image",),
+    "char_cnn": ("text",),
+    "gru": ("text",),
+}
+"""Base models: the forms of input they take."""
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """A safe YAML loader that refuses a key given twice; YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: list[object] = []
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise ConfigError(f"key {key!r} is given twice, the second time in line {line}")
+            seen.append(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file; raises `ConfigError` with the file and the line of the problem."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        config = _StrictLoader(text).get_single_data()
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{path} is not valid YAML{where}: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} must be a mapping of keys to values, as config.yaml is")
+    return config
+
+
+def read_schema(path: str | Path) -> dict[str, Any]:
+    """Read the JSON schema of the configuration."""
+    schema: dict[str, Any] = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    return schema
+
+
+def validate_config(config: Config, schema: Mapping[str, Any], source: str = "config.yaml") -> None:
+    """Refuse a configuration that no job could run with.
+
+    Parameters
+    ----------
+    config
+        The complete configuration, as read from YAML.
+    schema
+        The JSON schema, see `read_schema`.
+    source
+        The name of the file or files, for the message.
+
+    Raises
+    ------
+    ConfigError
+        With one sentence that names the file, key, value and what is accepted.
+    """
+    try:
+        _check_shape(config, schema)
+        _check_top_level(config)
+        for name in config["tasks"]:
+            _check_task(config, name)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def merge_section(config: Config, task: str, section: str) -> dict[str, Any]:
+    """Return a section's keys in sorted order, with the task's own values where it has any.
+
+    The order is fixed because Snakemake compares parameters as text: else reordering keys would
+    rerun a search.
+    """
+    own = config["tasks"][task].get(section, {}) if section in TASK_SECTIONS else {}
+    merged: dict[str, Any] = sort_keys({**config[section], **own})
+    return merged
+
+
+def sort_keys(value: Any) -> Any:
+    """Return a copy of ``value`` made of plain dicts with sorted keys and plain lists."""
+    if isinstance(value, Mapping):
+        return {key: sort_keys(value[key]) for key in sorted(value)}
+    if isinstance(value, (list, tuple)):
+        return [sort_keys(item) for item in value]
+    return value
+
+
+def describe_dataset(config: Config, name: str) -> tuple[str, str]:
+    """Return a dataset's kind of task and form of input; raises `ConfigError` if it is unknown."""
+    csv = config["datasets"].get("csv", {})
+    if name in csv:
+        return str(csv[name]["kind"]), "table"
+    if name not in DATASETS:
+        raise ConfigError(f"unknown dataset {describe_choices(name, [*DATASETS, *csv])}")
+    return DATASETS[name]
+
+
+def uses_tuned_rate(config: Config, task: str) -> bool:
+    """Whether the task's learned losses are searched and trained at the tuned learning rate."""
+    return bool(merge_section(config, task, "search")["learning_rate"] == "tuned")
+
+
+def _check_shape(config: Config, schema: Mapping[str, Any]) -> None:
+    validator = jsonschema.Draft202012Validator(schema)
+    errors = sorted(validator.iter_errors(config), key=rank_error)
+    if errors:
+        raise ConfigError(describe_error(errors[0]))
+    _check_finite(config, "")
+
+
+def _check_finite(value: object, path: str) -> None:
+    """Refuse .nan and .inf, which pass every numeric bound of a schema."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{path} must be a finite number, not {value}")
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_finite(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _check_finite(item, f"{path}[{index}]")
+
+
+def _check_top_level(config: Config) -> None:
+    for key in ("search_seeds", "train_seeds", "methods"):
+        _check_unique(key, config[key])
+    for method in config["methods"]:
+        if method not in METHODS:
+            raise ConfigError(f"unknown method in methods: {describe_choices(method, METHODS)}")
+    split = config["datasets"]["split"]
+    if not math.isclose(sum(split), 1.0, abs_tol=1e-9):
+        raise ConfigError(f"datasets.split must sum to 1, but {split} sums to {sum(split):g}")
+    for name, options in config["datasets"].get("csv", {}).items():
+        if name in DATASETS:
+            raise ConfigError(
+                f"datasets.csv.{name} has the name of a built-in dataset; choose another name"
+            )
+        if not Path(options["path"]).is_file():
+            raise ConfigError(f"datasets.csv.{name}.path: there is no file {options['path']!r}")
+
+
+def _check_unique(key: str, values: Sequence[object]) -> None:
+    for value in values:
+        if values.count(value) > 1:
+            raise ConfigError(f"{key} lists {value!r} twice; each entry must be unique")
+
+
+def _check_task(config: Config, name: str) -> None:
+    task, where = config["tasks"][name], f"tasks.{name}"
+    try:
+        kind, form = describe_dataset(config, task["dataset"])
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    _check_unique(f"{where}.models", task["models"])
+    for model in task["models"]:
+        if model not in MODELS:
+            raise ConfigError(f"{where}: unknown model {describe_choices(model, MODELS)}")
+        if form not in MODELS[model]:
+            suited = ", ".join(sorted(m for m, forms in MODELS.items() if form in forms))
+            raise ConfigError(
+                f"{where}: model {model!r} does not suit dataset {task['dataset']!r} ({form}); "
+                f"accepted: {suited}"
+            )
+    if "label_noise" in task and kind != "classification":
+        raise ConfigError(
+            f"{where}.label_noise needs a classification dataset, but {task['dataset']!r} is {kind}"
+        )
+    _check_settings({key: merge_section(config, name, key) for key in TASK_SECTIONS}, where)
+
+
+def _check_settings(settings: Mapping[str, Mapping[str, Any]], where: str) -> None:
+    """Check what spans several keys, on the sections as the task sees them."""
+    training, search, train = settings["training"], settings["search"], settings["train"]
+    tune, prefix = settings["tune_learning_rate"], f"for {where},"
+    rates = [search[f"{name}_rate"] for name in ("crossover", "mutation", "elitism")]
+    if sum(rates) > 1 + 1e-9:
+        raise ConfigError(
+            f"{prefix} search.crossover_rate + mutation_rate + elitism_rate must be at most 1, "
+            f"but is {sum(rates):g}"
+        )
+    heights = [search[f"{name}_height"] for name in ("init_min", "init_max", "max")]
+    if heights != sorted(heights):
+        raise ConfigError(
+            f"{prefix} search needs init_min_height <= init_max_height <= max_height, "
+            f"but has {', '.join(map(str, heights))}"
+        )
+    if search["tournament_size"] > search["population_size"]:
+        raise ConfigError(
+            f"{prefix} search.tournament_size {search['tournament_size']} must be at most "
+            f"population_size {search['population_size']}"
+        )
+    if training["nesterov"] and training["momentum"] == 0:
+        raise ConfigError(
+            f"{prefix} training.nesterov: true needs training.momentum greater than 0"
+        )
+    if train["num_evaluations"] > train["steps"]:
+        raise ConfigError(
+            f"{prefix} train.num_evaluations {train['num_evaluations']} must be at most "
+            f"train.steps {train['steps']}"
+        )
+    if tune["minimum"] >= tune["maximum"]:
+        raise ConfigError(
+            f"{prefix} tune_learning_rate.minimum {tune['minimum']} must be less than "
+            f"maximum {tune['maximum']}"
+        )

@@ -1,0 +1,143 @@
+"""The fast path of linear models: all P networks in two matrix products a step, and low-rank meta-gradients.
+
+One SGD step on a batch changes a dense layer by at most that batch's rank. So with the Gram matrix of outer and inner
+inputs, K = X_out X_in^T + 1, the stepped network's outputs are ``shrink * Z_out - rate * K U``, and J g is ``K^T G``:
+the stepped weights are never formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from evoloss.engine.population_loss import OutputLoss, PopulationLoss, TaskLoss
+from evoloss.engine.settings import TrainingSettings
+from evoloss.engine.streams import Batch
+from evoloss.tasks import Task
+
+
+@dataclass
+class LinearState:
+    """Weights (D, P, C), biases (P, C) and their momentum buffers."""
+
+    weight: Tensor
+    bias: Tensor
+    weight_momentum: Tensor | None = None
+    bias_momentum: Tensor | None = None
+
+
+def find_linear_layer(model: nn.Module) -> nn.Linear | None:
+    """Return the model's one `nn.Linear` if the model is that layer on flattened inputs and nothing else."""
+    leaves = [m for m in model.modules() if not any(True for _ in m.children())]
+    layers = [m for m in leaves if not isinstance(m, nn.Flatten)]
+    if len(layers) != 1 or not isinstance(layers[0], nn.Linear) or layers[0].bias is None:
+        return None
+    containers = [m for m in model.modules() if m not in leaves]
+    plain = all(type(m) is nn.Sequential for m in containers)
+    return layers[0] if plain and all(p.requires_grad for p in model.parameters()) else None
+
+
+class LinearPath:
+    """Trains P linear models at once; results equal those of the general path up to rounding."""
+
+    name = "linear"
+
+    def __init__(self, task: Task, model: nn.Module, settings: TrainingSettings) -> None:
+        if find_linear_layer(model) is None:
+            raise ValueError("the linear path needs a single linear layer")
+        self.task = task
+        self.settings = settings
+
+    @staticmethod
+    def _layer(model: nn.Module) -> tuple[Tensor, Tensor]:
+        layer = find_linear_layer(model)
+        assert layer is not None
+        return layer.weight.detach(), layer.bias.detach()
+
+    def start(self, model: nn.Module, size: int) -> LinearState:
+        """Return ``size`` copies of a freshly initialised ``model``."""
+        weight, bias = self._layer(model)
+        return LinearState(
+            weight.t().unsqueeze(1).repeat(1, size, 1), bias.unsqueeze(0).repeat(size, 1)
+        )
+
+    def select(self, state: LinearState, keep: Sequence[int]) -> LinearState:
+        """Return the state of the candidates ``keep``."""
+        index = list(keep)
+        wm, bm = state.weight_momentum, state.bias_momentum
+        return LinearState(
+            state.weight[:, index].contiguous(),
+            state.bias[index],
+            None if wm is None else wm[:, index].contiguous(),
+            None if bm is None else bm[index],
+        )
+
+    def advance(
+        self, state: LinearState, loss: OutputLoss, x: Tensor, targets: Tensor, batches: Tensor
+    ) -> None:
+        """Train every candidate in place on ``batches`` (steps, batch) of the rows of ``x`` and ``targets``."""
+        s = self.settings
+        inputs = x.flatten(1)
+        features, size, classes = state.weight.shape
+        for rows in batches:
+            batch = inputs[rows]
+            outputs = torch.mm(batch, state.weight.view(features, -1)).view(-1, size, classes)
+            upstream = loss.output_gradients(
+                (outputs + state.bias).transpose(0, 1).contiguous(), targets[rows]
+            )
+            bias_step = upstream.sum(1)
+            flat = upstream.transpose(0, 1).reshape(len(rows), -1)
+            weight_step = torch.mm(batch.t(), flat).view_as(state.weight)
+            if s.weight_decay:
+                weight_step.add_(state.weight, alpha=s.weight_decay)
+                bias_step = bias_step.add(state.bias, alpha=s.weight_decay)
+            if s.momentum:
+                weight_step, bias_step = self._add_momentum(state, weight_step, bias_step)
+            state.weight.add_(weight_step, alpha=-s.learning_rate)
+            state.bias.add_(bias_step, alpha=-s.learning_rate)
+
+    def _add_momentum(
+        self, state: LinearState, weight_step: Tensor, bias_step: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        mu = self.settings.momentum
+        if state.weight_momentum is None or state.bias_momentum is None:
+            state.weight_momentum, state.bias_momentum = weight_step.clone(), bias_step.clone()
+        else:
+            state.weight_momentum.mul_(mu).add_(weight_step)
+            state.bias_momentum.mul_(mu).add_(bias_step)
+        if self.settings.nesterov:
+            return (
+                weight_step + mu * state.weight_momentum,
+                bias_step + mu * state.bias_momentum,
+            )
+        return state.weight_momentum, state.bias_momentum
+
+    def outputs(self, state: LinearState, x: Tensor) -> Tensor:
+        """Return the networks' outputs (P, N, C)."""
+        features, size, classes = state.weight.shape
+        out = torch.mm(x.flatten(1), state.weight.view(features, -1)).view(-1, size, classes)
+        return (out + state.bias).transpose(0, 1).contiguous()
+
+    def meta_gradients(
+        self, model: nn.Module, loss: PopulationLoss, inner: Batch, outer: Batch
+    ) -> tuple[Tensor, NDArray[np.float64]]:
+        """Return outer losses (P,) and their gradients by all instruction weights; see `GeneralPath`."""
+        weight, bias = self._layer(model)
+        x_in, x_out = inner.x.flatten(1), outer.x.flatten(1)
+        rate = self.settings.first_step_rate
+        shrink = 1.0 - rate * self.settings.weight_decay
+        shared = torch.addmm(bias, x_in, weight.t()).unsqueeze(0)
+        kernel = torch.mm(x_out, x_in.t()) + 1.0
+        upstream = loss.output_gradients(shared, inner.targets)
+        stepped = shrink * torch.addmm(bias, x_out, weight.t()) - rate * torch.matmul(
+            kernel, upstream
+        )
+        outer_upstream = TaskLoss(self.task).output_gradients(stepped, outer.targets)
+        directions = torch.matmul(kernel.t(), outer_upstream)
+        values = self.task.compute_task_loss(stepped, outer.y)
+        return values, -rate * loss.weight_gradients(shared, inner.targets, directions)

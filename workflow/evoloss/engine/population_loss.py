@@ -1,0 +1,170 @@
+"""The losses of a population, evaluated together: their gradient by the network's outputs.
+
+The network is never traced together with the loss: a loss gives the gradient by the outputs (logits), and the network
+propagates it. So the same code serves every network and every loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from evoloss.engine.kernels import loss_gradients, mixed_gradients, pack_programs
+from evoloss.expressions import Program, evaluate_program
+from evoloss.tasks import Task
+
+
+class OutputLoss(Protocol):
+    """What a training loop needs of P losses."""
+
+    size: int
+
+    def output_gradients(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return d loss_p / d outputs; ``outputs`` (P, B, C), ``targets`` encoded (B, C) -> (P, B, C)."""
+        ...
+
+    def select(self, keep: Sequence[int]) -> OutputLoss:
+        """Return the losses with the given numbers."""
+        ...
+
+
+class TaskLoss:
+    """The task loss itself (cross-entropy or MSE), exactly as `torch.nn.functional` defines it."""
+
+    def __init__(self, task: Task, size: int = 1) -> None:
+        self.task = task
+        self.size = size
+
+    def output_gradients(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """See `OutputLoss`. For softmax and sigmoid alike the gradient of the log-loss is (f - y) / batch."""
+        difference = self.task.activate(outputs) - targets
+        if self.task.task_loss == "mse":
+            return difference * (2.0 / targets.numel())
+        return difference / targets.shape[0]
+
+    def select(self, keep: Sequence[int]) -> TaskLoss:
+        """See `OutputLoss`."""
+        return TaskLoss(self.task, len(keep))
+
+
+def activation_backward(task: Task, predictions: Tensor, upstream: Tensor) -> Tensor:
+    """Multiply ``upstream`` with the activation's Jacobian at ``predictions``, both (..., B, C); it is symmetric."""
+    if task.kind == "regression":
+        return upstream
+    if task.num_outputs == 1:
+        return upstream * predictions * (1.0 - predictions)
+    weighted = upstream * predictions
+    return weighted - predictions * weighted.sum(-1, keepdim=True)
+
+
+class PopulationLoss:
+    """P learned losses M_p(y, f(x)): element losses summed over classes, averaged over the batch.
+
+    Regression averages over all elements, which is the same for one output.
+    """
+
+    def __init__(self, task: Task, programs: Sequence[Program], dtype: torch.dtype) -> None:
+        self.task = task
+        self.programs = list(programs)
+        self.size = len(self.programs)
+        self.dtype = dtype
+        numpy_dtype = np.float32 if dtype == torch.float32 else np.float64
+        self._packed = pack_programs(self.programs, numpy_dtype)
+
+    def select(self, keep: Sequence[int]) -> PopulationLoss:
+        """See `OutputLoss`."""
+        return PopulationLoss(self.task, [self.programs[p] for p in keep], self.dtype)
+
+    def set_weights(self, weights: NDArray[np.float64]) -> None:
+        """Replace all instruction weights, end to end, shape ``(instructions,)``."""
+        self._packed.weights[:] = weights
+
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """Program p's instructions are ``offsets[p]:offsets[p + 1]`` of the weights."""
+        return self._packed.offsets
+
+    def _mean_factor(self, targets: Tensor) -> float:
+        return 1.0 / (targets.numel() if self.task.kind == "regression" else targets.shape[0])
+
+    def prediction_gradients(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        """Return dM_p/df element-wise; ``predictions`` (P or 1, B, C), ``targets`` (B, C) -> (P, B, C)."""
+        if predictions.device.type != "cpu":
+            return self.prediction_gradients_by_autograd(predictions, targets)
+        _, gradient = loss_gradients(
+            self._packed,
+            targets.reshape(-1).numpy(),
+            predictions.detach().reshape(predictions.shape[0], -1).numpy(),
+        )
+        return torch.from_numpy(gradient).reshape(self.size, *targets.shape)
+
+    def prediction_gradients_by_autograd(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        """Do the same by autograd, for devices that the kernels do not reach."""
+        f = predictions.detach().expand(self.size, *targets.shape).clone().requires_grad_()
+        total = self._sum_values(targets, f, self._factors())
+        return torch.autograd.grad(total, f, allow_unused=True, materialize_grads=True)[0]
+
+    def output_gradients(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """See `OutputLoss`."""
+        predictions = self.task.activate(outputs.detach())
+        gradient = self.prediction_gradients(predictions, targets) * self._mean_factor(targets)
+        return activation_backward(self.task, predictions, gradient)
+
+    def weight_gradients(
+        self, outputs: Tensor, targets: Tensor, direction: Tensor
+    ) -> NDArray[np.float64]:
+        """Return d < direction_p, d M_p / d outputs > / d weights, shape ``(instructions,)``.
+
+        ``outputs`` (P or 1, B, C), ``targets`` (B, C), ``direction`` (P, B, C), e.g. the Jacobian-vector product J g.
+        """
+        predictions = self.task.activate(outputs.detach())
+        u = activation_backward(self.task, predictions, direction) * self._mean_factor(targets)
+        if outputs.device.type == "cpu":
+            return self.weight_gradients_by_kernel(predictions, targets, u)
+        return self.weight_gradients_by_autograd(predictions, targets, u)
+
+    def weight_gradients_by_kernel(
+        self, predictions: Tensor, targets: Tensor, u: Tensor
+    ) -> NDArray[np.float64]:
+        """Return d < u_p, dM_p/df > / d weights, shape ``(instructions,)``; shapes as in `weight_gradients`."""
+        return mixed_gradients(
+            self._packed,
+            targets.reshape(-1).numpy(),
+            predictions.reshape(predictions.shape[0], -1).numpy(),
+            u.reshape(self.size, -1).contiguous().numpy(),
+        ).astype(np.float64)
+
+    def weight_gradients_by_autograd(
+        self, predictions: Tensor, targets: Tensor, u: Tensor
+    ) -> NDArray[np.float64]:
+        """Do the same by autograd, for devices that the kernels do not reach."""
+        f = predictions.expand(u.shape).clone().requires_grad_()
+        weights = torch.tensor(
+            self._packed.weights, device=f.device, dtype=f.dtype, requires_grad=True
+        )
+        total = self._sum_values(targets, f, weights.unbind())
+        (gradient,) = torch.autograd.grad(
+            total, f, create_graph=True, allow_unused=True, materialize_grads=True
+        )
+        inner = (gradient * u).sum()
+        if not inner.requires_grad:
+            return np.zeros(len(weights))
+        (result,) = torch.autograd.grad(inner, weights, allow_unused=True, materialize_grads=True)
+        return np.asarray(result.double().cpu().numpy())
+
+    def _factors(self) -> list[float]:
+        return [float(weight) for weight in self._packed.weights]
+
+    def _sum_values(self, targets: Tensor, f: Tensor, factors: Sequence[Any]) -> Tensor:
+        """Return the sum of all losses' element values; ``factors`` one per instruction of all programs."""
+        total = torch.zeros((), device=f.device, dtype=f.dtype)
+        for p, program in enumerate(self.programs):
+            own = factors[self.offsets[p] : self.offsets[p + 1]]
+            values = torch.as_tensor(evaluate_program(program, targets, f[p], own, torch))
+            total = total + values.sum()
+        return total if total.requires_grad else total + 0.0 * f.sum()

@@ -1,0 +1,1 @@
+"""Searches for losses: genetic programming (gp_lfl, evomal)."""

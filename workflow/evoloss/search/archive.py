@@ -1,0 +1,48 @@
+"""What a search remembers: every loss it has seen, rejected ones too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from evoloss.expressions import Expression
+
+WORST = float("inf")
+
+
+@dataclass(frozen=True)
+class Record:
+    """The outcome for one loss: ``fitness`` (lower is better, `WORST` if it was rejected or diverged).
+
+    ``status`` is how it came: evaluated, rejected, zero_gradient, gradient_hit (an equal loss's fitness), diverged.
+    ``expression`` is the loss with its tuned weights as constants, ``complexity`` the node count of its GP ``tree``.
+    """
+
+    tree: Expression
+    expression: Expression
+    complexity: int
+    status: str
+    fitness: float
+    generation: int
+
+
+@dataclass
+class Archive:
+    """Records by canonical key (symbolic equivalence) and fitness by gradient fingerprint (gradient equivalence)."""
+
+    records: dict[str, Record] = field(default_factory=dict)
+    fitness_by_gradient: dict[bytes, float] = field(default_factory=dict)
+
+    def pareto_front(self) -> list[Record]:
+        """Return the accepted records that no other one beats in both fitness and complexity, best fitness first.
+
+        Ties in both are broken by generation and text, so the front does not depend on the order of insertion.
+        """
+        accepted = sorted(
+            (r for r in self.records.values() if r.fitness < WORST),
+            key=lambda r: (r.fitness, r.complexity, r.generation, str(r.tree)),
+        )
+        front: list[Record] = []
+        for record in accepted:
+            if not front or record.complexity < front[-1].complexity:
+                front.append(record)
+        return front

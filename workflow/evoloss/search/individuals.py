@@ -1,0 +1,150 @@
+"""DEAP's side of the search: the primitive set, individuals, repair, variation.
+
+DEAP draws from Python's global ``random``; callers lend it a seeded generator (`evoloss.seeding.global_random`).
+"""
+
+from __future__ import annotations
+
+import operator
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from deap import base, gp, tools
+
+from evoloss.expressions import OPERATORS, Expression, F, Y, call, constant
+from evoloss.expressions.operators import LABEL, PREDICTION
+
+ARITHMETIC = ("add", "sub", "mul", "aq")
+
+
+class Fitness(base.Fitness):  # type: ignore[misc]
+    """The validation metric, minimised."""
+
+    weights = (-1.0,)
+
+
+class Individual(gp.PrimitiveTree):  # type: ignore[misc]
+    """A GP tree with its fitness."""
+
+    def __init__(self, content: Any) -> None:
+        super().__init__(content)
+        self.fitness = Fitness()
+
+
+@dataclass(frozen=True)
+class VariationSettings:
+    """Rates are shares of a generation; heights in edges; sizes in individuals."""
+
+    tournament_size: int
+    parsimony_size: float
+    crossover_rate: float
+    mutation_rate: float
+    elitism_rate: float
+    init_min_height: int
+    init_max_height: int
+    max_height: int
+
+
+def build_primitive_set() -> gp.PrimitiveSet:
+    """Return the primitives of the paper: the operator table, ``y``, ``f(x)``, +1 and -1."""
+    primitives = gp.PrimitiveSet("loss", 2)
+    primitives.renameArguments(ARG0=LABEL, ARG1=PREDICTION)
+    for op in OPERATORS.values():
+        primitives.addPrimitive(op.evaluate, op.arity, op.name)
+    # without a name: a named terminal's value would be its name, not the number
+    primitives.addTerminal(1.0)
+    primitives.addTerminal(-1.0)
+    return primitives
+
+
+def to_expression(tree: gp.PrimitiveTree) -> Expression:
+    """Return a DEAP tree as an expression. Terminals are told apart by their value, never by their printed name."""
+    stack: list[Expression] = []
+    for node in reversed(tree):
+        if isinstance(node, gp.Primitive):
+            args = [stack.pop() for _ in range(node.arity)]
+            stack.append(call(node.name, *args))
+        elif isinstance(node.value, float):
+            stack.append(constant(node.value))
+        else:
+            stack.append({LABEL: Y, PREDICTION: F}[node.value])
+    (expression,) = stack
+    return expression
+
+
+def _is_argument(node: Any, value: str) -> bool:
+    return isinstance(node, gp.Terminal) and node.value == value
+
+
+def repair(tree: Individual, primitives: gp.PrimitiveSet, max_height: int) -> Individual:
+    """Make both ``y`` and ``f(x)`` occur: replace a random terminal by an arithmetic operator applied to (y, f(x)).
+
+    The order of the two is random. A terminal at ``max_height`` is never chosen, so the height limit holds.
+    """
+    y, f = (primitives.mapping[name] for name in (LABEL, PREDICTION))
+    if all(any(_is_argument(n, a.value) for n in tree) for a in (y, f)):
+        return tree
+    places = []
+    pending = [0]
+    for index, node in enumerate(tree):
+        depth = pending.pop()
+        pending.extend([depth + 1] * node.arity)
+        if node.arity == 0 and depth < max_height:
+            places.append(index)
+    place = random.choice(places)
+    pair = [y, f] if random.random() < 0.5 else [f, y]
+    tree[place : place + 1] = [primitives.mapping[random.choice(ARITHMETIC)], *pair]
+    return tree
+
+
+class Variation:
+    """Initialisation, selection and variation with DEAP's operators under the paper's settings."""
+
+    def __init__(self, settings: VariationSettings) -> None:
+        self.settings = settings
+        self.primitives = build_primitive_set()
+        limit = gp.staticLimit(operator.attrgetter("height"), settings.max_height)
+        self._crossover = limit(gp.cxOnePoint)
+        self._mutate = limit(gp.mutUniform)
+
+    def _finish(self, tree: Any) -> Individual:
+        return repair(Individual(tree), self.primitives, self.settings.max_height)
+
+    def initial_population(self, size: int) -> list[Individual]:
+        """Return ``size`` repaired trees, ramped half-and-half."""
+        s = self.settings
+        return [
+            self._finish(gp.genHalfAndHalf(self.primitives, s.init_min_height, s.init_max_height))
+            for _ in range(size)
+        ]
+
+    def _select(self, population: list[Individual]) -> Individual:
+        s = self.settings
+        (winner,) = tools.selDoubleTournament(
+            population, 1, s.tournament_size, s.parsimony_size, fitness_first=True
+        )
+        return Individual(winner)
+
+    def _grow(self, pset: gp.PrimitiveSet, type_: Any = None) -> Any:
+        return gp.genGrow(pset, 0, 2, type_)
+
+    def next_generation(self, population: list[Individual]) -> list[Individual]:
+        """Return the next population, of the same size: the elite unchanged, then varied tournament winners."""
+        s = self.settings
+        size = len(population)
+        num_elite = max(1, round(s.elitism_rate * size)) if s.elitism_rate > 0 else 0
+        children = [Individual(best) for best in tools.selBest(population, num_elite)]
+        while len(children) < size:
+            draw = random.random()
+            if draw < s.crossover_rate:
+                pair = self._crossover(self._select(population), self._select(population))
+                children.extend(self._finish(child) for child in pair[: size - len(children)])
+            elif draw < s.crossover_rate + s.mutation_rate:
+                mutant = self._mutate(
+                    self._select(population), expr=self._grow, pset=self.primitives
+                )
+                children.append(self._finish(mutant[0]))
+            else:
+                children.append(self._select(population))
+        return children

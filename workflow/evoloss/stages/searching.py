@@ -1,0 +1,146 @@
+"""One search: genetic programming on one task, with one method and one seed."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from evoloss.engine import LocalSearchSettings
+from evoloss.engine.filters import RejectionSettings
+from evoloss.results import provenance
+from evoloss.search.gp_search import GPSearch, SearchResult, SearchSettings
+from evoloss.search.individuals import VariationSettings
+from evoloss.stages.setup import StageInput
+
+logger = logging.getLogger(__name__)
+
+_VARIATION = (
+    "tournament_size",
+    "parsimony_size",
+    "crossover_rate",
+    "mutation_rate",
+    "elitism_rate",
+    "init_min_height",
+    "init_max_height",
+    "max_height",
+)
+
+
+def build_search_settings(
+    search: Mapping[str, Any], local_search: Mapping[str, Any]
+) -> SearchSettings:
+    """Return the search's settings from its configuration sections; ``local_search`` is empty for gp_lfl."""
+    return SearchSettings(
+        population_size=search["population_size"],
+        num_generations=search["num_generations"],
+        fitness_steps=search["fitness_steps"],
+        variation=VariationSettings(**{name: search[name] for name in _VARIATION}),
+        rejection=RejectionSettings(
+            search["rejection_steps"],
+            search["rejection_sample"],
+            search["rejection_learning_rate"],
+            search["gradient_digits"],
+        ),
+        local_search=LocalSearchSettings(
+            local_search["meta_steps"],
+            local_search["inner_steps"],
+            local_search["meta_learning_rate"],
+        )
+        if local_search
+        else None,
+        initial_deviation=local_search.get("initial_deviation", 0.0),
+    )
+
+
+class ProgressLog:
+    """Logs one line per generation: where the search is, how good, what was filtered, how long it still takes."""
+
+    def __init__(self, num_generations: int) -> None:
+        self.num_generations = num_generations
+        self.started = time.monotonic()
+
+    def __call__(self, row: Mapping[str, Any]) -> None:
+        done = row["generation"] + 1
+        left = (time.monotonic() - self.started) / done * (self.num_generations + 1 - done)
+        filtered = {
+            name: row[name]
+            for name in ("archive_hits", "zero_gradient", "rejected", "gradient_hits", "diverged")
+        }
+        logger.info(
+            "generation %d/%d  best %.4g  %s  evaluated %d of %d (%s)  about %.0f s left",
+            row["generation"],
+            self.num_generations,
+            row["best_fitness"],
+            row["best_tree"] or "none yet",
+            row["evaluated"],
+            row["candidates"],
+            ", ".join(f"{name} {count}" for name, count in filtered.items()),
+            left,
+        )
+
+
+def search_loss(
+    stage: StageInput,
+    method: str,
+    search: Mapping[str, Any],
+    local_search: Mapping[str, Any],
+    search_seed: int,
+) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """Run a search; return the contents of hall_of_fame.json and the columns of history.parquet."""
+    engine = stage.build_engine()
+    settings = build_search_settings(search, local_search)
+    logger.info(
+        "%s on %s with %s, learning rate %g, %s path on %s",
+        method,
+        engine.task.name,
+        engine.model_name,
+        engine.settings.learning_rate,
+        engine.path.name,
+        engine.device,
+    )
+    result = GPSearch(engine, settings, search_seed).run(ProgressLog(settings.num_generations))
+    hall_of_fame = _describe_front(result)
+    if not result.front:
+        logger.warning("search failed: %s", hall_of_fame["reason"])
+    hall_of_fame |= {
+        "task": engine.task.name,
+        "model": engine.model_name,
+        "method": method,
+        "search_seed": search_seed,
+        "learning_rate": engine.settings.learning_rate,
+        "provenance": provenance(
+            {
+                "task": stage.task,
+                "training": stage.training,
+                "search": search,
+                "local_search": local_search,
+            },
+            device=engine.device.type,
+            search_seed=search_seed,
+        ),
+    }
+    columns = {name: [row[name] for row in result.history] for name in result.history[0]}
+    return hall_of_fame, columns
+
+
+def _describe_front(result: SearchResult) -> dict[str, Any]:
+    entries = [
+        {
+            "expression": str(record.expression),
+            "tree": str(record.tree),
+            "fitness": record.fitness,
+            "complexity": record.complexity,
+            "generation": record.generation,
+        }
+        for record in result.front
+    ]
+    if entries:
+        return {"status": "ok", "reason": None, "entries": entries}
+    total = sum(row["candidates"] for row in result.history)
+    reason = (
+        f"every one of the {total} candidates was rejected or diverged; "
+        "a larger search.population_size or another seed may find one"
+    )
+    return {"status": "failed", "reason": reason, "entries": []}

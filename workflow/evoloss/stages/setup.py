@@ -1,0 +1,84 @@
+"""From configuration sections to an engine; shared by all stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evoloss.engine import Engine, TrainingSettings, choose_device
+from evoloss.errors import DataError
+from evoloss.results import read_json
+from evoloss.tasks import load_task
+
+
+@dataclass(frozen=True)
+class StageInput:
+    """What every compute rule gets.
+
+    Attributes
+    ----------
+    task : mapping
+        name, dataset, kind, model, label_noise, data_seed.
+    training : mapping
+        The configuration's training section, the task's own values merged.
+    dataset_path : str
+        The prepared dataset.
+    device : str
+        auto, cpu or cuda.
+    threads : int
+        CPU threads; part of what makes results reproducible, because sums depend on it.
+    tuned_path : str or None
+        Result of tune_learning_rate, whose learning rate replaces ``training.learning_rate``.
+    """
+
+    task: Mapping[str, Any]
+    training: Mapping[str, Any]
+    dataset_path: str
+    device: str
+    threads: int
+    tuned_path: str | None = None
+
+    @property
+    def settings(self) -> TrainingSettings:
+        """The inner training's settings, with the tuned learning rate if there is one."""
+        settings = TrainingSettings(**self.training)
+        if self.tuned_path is None:
+            return settings
+        return replace(settings, learning_rate=read_tuned_rate(self.tuned_path))
+
+    def build_engine(self) -> Engine:
+        """Load the data and return the engine; sets torch's number of CPU threads."""
+        torch.set_num_threads(self.threads)
+        device = choose_device(self.device)
+        task = load_task(
+            self.task["name"],
+            self.dataset_path,
+            label_noise=self.task["label_noise"],
+            data_seed=self.task["data_seed"],
+        )
+        return Engine(task, self.task["model"], self.settings, device)
+
+    @classmethod
+    def from_snakemake(cls, snakemake: Any) -> StageInput:
+        """Unpack the object that Snakemake gives to a script."""
+        tuned = snakemake.input.get("tuned")
+        return cls(
+            task=snakemake.params.task,
+            training=snakemake.params.training,
+            dataset_path=str(snakemake.input.dataset),
+            device=snakemake.params.device,
+            threads=snakemake.threads,
+            tuned_path=str(tuned) if tuned else None,
+        )
+
+
+def read_tuned_rate(path: str | Path) -> float:
+    """Return the best learning rate of a tune_learning_rate result; raises `DataError` if it holds none."""
+    rate = read_json(path).get("best_learning_rate")
+    if not isinstance(rate, float | int):
+        raise DataError(f"{path} holds no best_learning_rate: training diverged at every one tried")
+    return float(rate)

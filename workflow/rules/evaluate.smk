@@ -1,0 +1,33 @@
+"""Finished losses against the standard loss."""
+
+
+rule train_model:
+    """Train a model from scratch with a method's losses; all methods share initial weights and batches of a seed."""
+    input:
+        dataset=get_dataset,
+        losses=get_trained_losses,
+        tuned=get_tuned_rate,
+    output:
+        run="results/train_model/{task}/{model}/{method}/seed_{train_seed}.parquet",
+    log:
+        "results/logs/train_model/{task}/{model}/{method}/seed_{train_seed}.log",
+    benchmark:
+        "results/benchmarks/train_model/{task}/{model}/{method}/seed_{train_seed}.tsv"
+    conda:
+        "../../envs/environment.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=480,
+        gpu=GPU,
+    params:
+        device=config["device"],
+        method=lambda wildcards: wildcards.method,
+        search_seeds=get_search_seeds,
+        seed=lambda wildcards: int(wildcards.train_seed),
+        task=get_task,
+        train=section("train"),
+        training=section("training"),
+        version=VERSION,
+    script:
+        "../scripts/train_model.py"

@@ -1,0 +1,34 @@
+"""The constants of the simplified formulas, optimised by unrolled differentiation."""
+
+
+rule finetune_loss:
+    """Fine-tune the constants of a search's best formulas, and finish the one that does best on validation data."""
+    input:
+        dataset=get_dataset,
+        simplified="results/simplify_loss/{task}/{method}/seed_{search_seed}.json",
+        tuned=get_tuned_rate,
+    output:
+        finetune="results/finetune_loss/{task}/{method}/seed_{search_seed}/finetune.json",
+        loss="results/finetune_loss/{task}/{method}/seed_{search_seed}/loss.json",
+    log:
+        "results/logs/finetune_loss/{task}/{method}/seed_{search_seed}.log",
+    benchmark:
+        "results/benchmarks/finetune_loss/{task}/{method}/seed_{search_seed}.tsv"
+    conda:
+        "../../envs/environment.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=480,
+        gpu=GPU,
+    params:
+        device=config["device"],
+        finetune=section("finetune"),
+        method=lambda wildcards: wildcards.method,
+        seed=lambda wildcards: int(wildcards.search_seed),
+        task=get_task,
+        train=section("train"),
+        training=section("training"),
+        version=VERSION,
+    script:
+        "../scripts/finetune_loss.py"

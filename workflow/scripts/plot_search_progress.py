@@ -1,0 +1,11 @@
+"""Draw best and median fitness of the searches by generation."""
+
+from evoloss.analysis.figure_search_progress import draw_search_progress
+from evoloss.analysis.load import read_table
+from evoloss.analysis.style import figure_style, save_figure
+from evoloss.script_logging import script_logging
+
+if __name__ == "__main__":
+    with script_logging(snakemake), figure_style():
+        figure = draw_search_progress(read_table(snakemake.input.searches))
+        save_figure(figure, snakemake.output.svg, snakemake.output.png)

@@ -1,0 +1,19 @@
+"""Train a model from scratch with a method's losses."""
+
+from evoloss.results import write_parquet
+from evoloss.script_logging import script_logging
+from evoloss.stages.setup import StageInput
+from evoloss.stages.training import train_model
+
+if __name__ == "__main__":
+    with script_logging(snakemake):
+        params = snakemake.params
+        columns, metadata = train_model(
+            StageInput.from_snakemake(snakemake),
+            params.method,
+            snakemake.input.get("losses") or [],
+            params.search_seeds,
+            params.train,
+            params.seed,
+        )
+        write_parquet(snakemake.output.run, columns, metadata)
