@@ -93,3 +93,18 @@ def test_a_key_reruns_only_what_depends_on_it(
     assert f"\nrule {reruns}:" in done.stdout or f"localrule {reruns}:" in done.stdout
     assert f"rule {spares}:" not in done.stdout
     assert "rule prepare_dataset:" not in done.stdout
+
+
+def test_results_do_not_depend_on_the_number_of_cores(tiny_run: Path, tmp_path: Path) -> None:
+    """The same bytes from --cores 1 as from --cores 2, for a search and for a training under its loss."""
+    targets = [
+        "results/search_loss/mnist5k_noisy/evomal/seed_0/hall_of_fame.json",
+        "results/finetune_loss/mnist5k_noisy/evomal/seed_0/loss.json",
+        "results/train_model/mnist5k_noisy/linear/evomal/seed_0.parquet",
+    ]
+    done = start_snakemake(
+        tmp_path, "--cores", 1, "--configfile", PRESETS / "tiny.yaml", "--", *targets
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    for target in targets:
+        assert (tmp_path / target).read_bytes() == (tiny_run / target).read_bytes(), target

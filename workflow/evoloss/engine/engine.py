@@ -27,7 +27,7 @@ from evoloss.tasks import Split, Task, build_model
 
 logger = logging.getLogger(__name__)
 
-CURVE_ROWS = 1000
+CURVE_ROWS = 500
 """Before the last step a learning curve is measured on at most so many rows of a split (the split is shuffled)."""
 
 

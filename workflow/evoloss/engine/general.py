@@ -100,7 +100,7 @@ class GeneralPath:
                 torch._foreach_add_(state.params[p], gradients, alpha=-s.learning_rate)
 
     @torch.no_grad()
-    def outputs(self, state: GeneralState, x: Tensor, chunk: int = 1024) -> Tensor:
+    def outputs(self, state: GeneralState, x: Tensor, chunk: int = 128) -> Tensor:
         """Return the networks' outputs (P, N, C); NaN for candidates that are not alive."""
         results = []
         for p, params in enumerate(state.params):

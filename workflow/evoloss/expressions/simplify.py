@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 from math import isfinite
 from typing import Any
 
 from evoloss.errors import ExpressionError
 from evoloss.expressions.canonical import Normaliser
-from evoloss.expressions.expression import Expression
-from evoloss.expressions.operators import PREDICTION
+from evoloss.expressions.expression import Expression, call, constant
+from evoloss.expressions.operators import CONSTANT, PREDICTION
 from evoloss.expressions.rebuild import Builder
 from evoloss.expressions.symbolic import from_sympy, sympy_namespace, to_sympy
 from evoloss.expressions.verify import Report, Verifier
@@ -91,6 +92,7 @@ def simplify_expression(
         return _keep(expression, False, verifier.problem)
     reasons: list[str] = []
     candidates = find_candidates(expression, kind == "classification", reasons)
+    # stable: among equals the normal form, which comes first, wins
     ordered = sorted(candidates.items(), key=_preference)
     refused: Report | None = None
     for form, scale in ordered:
@@ -105,9 +107,8 @@ def simplify_expression(
     return _keep(expression, False, "; ".join(reasons) or "no simplified form was found")
 
 
-def _preference(candidate: tuple[Expression, float]) -> tuple[int, int, str]:
-    form = candidate[0]
-    return form.complexity, count_shared(form), str(form)
+def _preference(candidate: tuple[Expression, float]) -> tuple[int, int]:
+    return candidate[0].complexity, count_shared(candidate[0])
 
 
 def _accept(original: Expression, form: Expression, scale: float, report: Report) -> Simplified:
@@ -146,11 +147,11 @@ def find_candidates(
     """Return unproven equivalents with their scales; what went wrong is appended to ``reasons``."""
     found: dict[Expression, float] = {}
 
-    def add(form: Expression) -> Expression:
+    def add(form: Expression, factor: float = 1.0) -> Expression:
         normaliser = Normaliser(label_nonnegative)
         scale, built = Builder(normaliser).build_root(*normaliser.visit(form))
         if built.contains(PREDICTION) and isfinite(scale) and scale > 0.0:
-            found.setdefault(built, scale)
+            found.setdefault(built, scale * factor)
         return built
 
     try:
@@ -168,7 +169,58 @@ def find_candidates(
                 add(from_sympy(form))
             except (ExpressionError, ArithmeticError) as error:
                 reasons.append(f"SymPy's {name} form: {error}")
+    if expression.complexity <= MAX_SYMPY_NODES:
+        try:
+            light, scale = _build_light_form(expression)
+            add(light, scale)
+        except Exception as error:  # SymPy's own errors are of every kind
+            reasons.append(f"SymPy's light form: {type(error).__name__}: {error}")
+        else:
+            if light.contains(PREDICTION) and isfinite(scale) and scale > 0.0:
+                found.setdefault(light, scale)
     return found
+
+
+def tidy(node: Expression) -> Expression:
+    """Write sums with ``sub`` instead of negative factors, and products with ``aq(1, b)`` as ``aq(a, b)``."""
+    args = tuple(tidy(arg) for arg in node.args)
+    if node.symbol == "add":
+        terms = [_split_sign(term) for term in _summands(Expression("add", args))]
+        plus = [term for sign, term in terms if sign > 0]
+        minus = [term for sign, term in terms if sign < 0]
+        if plus:
+            total = reduce(lambda a, b: call("add", a, b), plus)
+            return reduce(lambda a, b: call("sub", a, b), minus, total)
+    if node.symbol == "mul":
+        for first, second in (args, args[::-1]):
+            if second.symbol == "aq" and second.args[0] == constant(1.0):
+                return call("aq", first, second.args[1])
+    return Expression(node.symbol, args, node.value)
+
+
+def _summands(node: Expression) -> Iterator[Expression]:
+    for arg in node.args:
+        yield from _summands(arg) if arg.symbol == "add" else (arg,)
+
+
+def _split_sign(term: Expression) -> tuple[int, Expression]:
+    if term.symbol == "mul" and term.args[0].symbol == CONSTANT and term.args[0].value < 0:
+        factor = -term.args[0].value
+        rest = term.args[1]
+        return -1, rest if factor == 1.0 else call("mul", constant(factor), rest)
+    if term.symbol == CONSTANT and term.value < 0:
+        return -1, constant(-term.value)
+    return 1, term
+
+
+def _build_light_form(expression: Expression) -> tuple[Expression, float]:
+    """Return the form that SymPy builds unasked, without constant and scale: folded and flattened.
+
+    All inner signs and factors stay in place, where the normal form moves them outwards, which can cost nodes.
+    """
+    _, rest = to_sympy(expression).as_coeff_Add()
+    factor, core = rest.as_coeff_Mul()
+    return tidy(from_sympy(core if factor > 0 else -core)), abs(float(factor))
 
 
 def _sympy_forms(start: Expression, reasons: list[str]) -> Iterator[tuple[str, Any]]:
