@@ -364,3 +364,15 @@ def test_damaged_bytes_never_escape_as_another_error(
 
 def test_registry_names() -> None:
     assert set(datasets_module.DATASETS) == {"diabetes", "mnist5k", "surnames", "csv"}
+
+
+def test_the_first_rows_of_a_split_are_a_sample_of_it(prepared: dict[str, Any]) -> None:
+    """Sources are sorted by class; the rejection protocol and learning curves take the first rows."""
+    for name in ("mnist5k", "surnames"):
+        arrays, card = prepared[name]
+        for split in SPLITS:
+            y = arrays[f"y_{split}"]
+            share = np.bincount(y, minlength=card["num_outputs"]) / len(y)
+            first = np.bincount(y[:500], minlength=card["num_outputs"]) / 500
+            # five standard deviations of a share of 500 draws
+            assert np.abs(first - share).max() < 5 * np.sqrt(share.max() / 500)

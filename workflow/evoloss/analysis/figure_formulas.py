@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.mathtext import MathTextParser
 
@@ -51,8 +52,8 @@ def typeset_formula(latex: object, infix: object, room: float) -> Typeset:
         text = f"${latex}$".replace(r"\frac", r"\dfrac")
         try:
             # measured at 72 dpi: one pixel is one point
-            parsed = MathTextParser("path").parse(text, dpi=72)
-            base = 10.0  # the default font size that parse() sets at
+            base = 10.0
+            parsed = MathTextParser("path").parse(text, dpi=72, prop=FontProperties(size=base))
             width, height = (
                 float(side) / 72.0 / base for side in (parsed[0], parsed[1] + parsed[2])
             )

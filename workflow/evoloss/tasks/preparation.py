@@ -38,9 +38,10 @@ class Prepared:
 def split_rows(
     source: Source, fractions: Sequence[float], data_seed: int
 ) -> dict[str, NDArray[np.int64]]:
-    """Return disjoint row numbers for train, validation and test, ascending.
+    """Return disjoint row numbers for train, validation and test, each in random order.
 
-    Classes are split one by one (a stratified split that keeps even the smallest class in every
+    The order matters: the rejection protocol and the points of a learning curve take the first rows of
+    a split as its sample, and sources are sorted by class. Classes are split one by one (a stratified split that keeps even the smallest class in every
     split).
 
     Raises
@@ -70,7 +71,10 @@ def split_rows(
         train, validation = train_test_split(rest, test_size=num_validation, random_state=generator)
         for name, part in zip(SPLITS, (train, validation, test), strict=True):
             parts[name].append(part)
-    return {name: np.sort(np.concatenate(part)).astype(np.int64) for name, part in parts.items()}
+    return {
+        name: generator.permutation(np.concatenate(part)).astype(np.int64)
+        for name, part in parts.items()
+    }
 
 
 def _describe_small_class(source: Source, label: int, count: int) -> str:
