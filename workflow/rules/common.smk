@@ -1,5 +1,6 @@
 """What the rules share: the package, the checked configuration, parameters and inputs. No rules."""
 
+import hashlib
 import sys
 from pathlib import Path
 
@@ -148,6 +149,16 @@ def get_all_tuned_rates():
     return expand_models(
         "results/tune_learning_rate/{task}/{model}.json", TASKS if everywhere else learned
     )
+
+
+def digest_code(*modules):
+    """Hash modules of the package: as a parameter it makes a rule run again when its figure's or table's code changes.
+
+    Only for what takes seconds. A compute rule runs again when the version is raised.
+    """
+    package = WORKFLOW / "evoloss"
+    contents = b"".join((package / module).read_bytes() for module in sorted(modules))
+    return hashlib.sha256(contents).hexdigest()[:16]
 
 
 def get_captions(wildcards):

@@ -74,6 +74,14 @@ rule aggregate_results:
         mem_mb=1500,
         runtime=20,
     params:
+        code=digest_code(
+            "analysis/aggregate.py",
+            "analysis/final.py",
+            "analysis/load.py",
+            "analysis/load_losses.py",
+            "analysis/statistics.py",
+            "analysis/tables.py",
+        ),
         version=VERSION,
     script:
         "../scripts/aggregate_results.py"
@@ -103,6 +111,7 @@ rule plot_test_error:
         mem_mb=1000,
         runtime=20,
     params:
+        code=digest_code("analysis/figure_test_error.py", "analysis/style.py"),
         version=VERSION,
     script:
         "../scripts/plot_test_error.py"
@@ -131,6 +140,7 @@ rule plot_learning_curves:
         mem_mb=1000,
         runtime=20,
     params:
+        code=digest_code("analysis/figure_learning_curves.py", "analysis/style.py"),
         version=VERSION,
     script:
         "../scripts/plot_learning_curves.py"
@@ -159,6 +169,7 @@ rule plot_search_progress:
         mem_mb=1000,
         runtime=20,
     params:
+        code=digest_code("analysis/figure_search_progress.py", "analysis/style.py"),
         version=VERSION,
     script:
         "../scripts/plot_search_progress.py"
@@ -187,6 +198,7 @@ rule plot_filters:
         mem_mb=1000,
         runtime=20,
     params:
+        code=digest_code("analysis/figure_filters.py", "analysis/style.py"),
         version=VERSION,
     script:
         "../scripts/plot_filters.py"
@@ -215,6 +227,11 @@ rule plot_losses:
         mem_mb=1000,
         runtime=20,
     params:
+        code=digest_code(
+            "analysis/figure_losses.py",
+            "analysis/loss_curves.py",
+            "analysis/style.py",
+        ),
         version=VERSION,
     script:
         "../scripts/plot_losses.py"
@@ -243,6 +260,7 @@ rule plot_formulas:
         mem_mb=1000,
         runtime=20,
     params:
+        code=digest_code("analysis/figure_formulas.py", "analysis/style.py"),
         version=VERSION,
     script:
         "../scripts/plot_formulas.py"

@@ -101,6 +101,23 @@ def describe_versions(frames: Iterable[pd.DataFrame]) -> list[str]:
     return [f"**These results mix evoloss versions {names}: {advice}.**"]
 
 
+def describe_origin(frames: Iterable[pd.DataFrame]) -> list[str]:
+    """Return one sentence that names the versions and commits that computed the results."""
+    pairs = {
+        (str(version), str(commit))
+        for frame in frames
+        for version, commit in frame[["version", "commit"]]
+        .drop_duplicates()
+        .itertuples(index=False)
+        if pd.notna(version)
+    }
+    names = [
+        f"evoloss {version}" + (f", commit {commit}" if commit not in ("None", "nan") else "")
+        for version, commit in sorted(pairs)
+    ]
+    return [f"Computed by {'; '.join(names)}."] if names else []
+
+
 def describe_tuning(tuned: pd.DataFrame) -> list[str]:
     """Return one sentence for every learning rate that was best at an end of its grid."""
     edge = tuned[tuned["at_edge"].eq(True)]
@@ -223,7 +240,9 @@ _DATASET_TABLE = (
 
 def describe_results(results: Results) -> dict[str, Table]:
     """Return the tables for readers: test_error, comparison, losses, searches and datasets."""
-    versions = describe_versions([results.final, results.searches, results.losses])
+    frames = [results.final, results.searches, results.losses]
+    versions = describe_versions(frames)
+    origin = describe_origin(frames)
     failures = describe_failures(results.final, results.searches, results.losses)
     scores = summarise_methods(results.final)
     for comparator in COMPARATORS:
@@ -238,17 +257,23 @@ def describe_results(results: Results) -> dict[str, Table]:
     )
     return {
         "test_error": Table(
-            "Test error", _SCORE_TABLE, scores, [*warnings, *describe_tuning(results.tuned)]
+            "Test error",
+            _SCORE_TABLE,
+            scores,
+            [*warnings, *describe_tuning(results.tuned), *origin],
         ),
         "comparison": Table(
             "Paired comparison with the baselines",
             _COMPARISON_TABLE,
             results.comparison,
-            [*warnings, tested],
+            [*warnings, tested, *origin],
         ),
-        "losses": Table("Learned losses", _LOSS_TABLE, results.losses, warnings),
+        "losses": Table("Learned losses", _LOSS_TABLE, results.losses, [*warnings, *origin]),
         "searches": Table(
-            "Searches", _SEARCH_TABLE, summarise_searches(results.searches), warnings
+            "Searches",
+            _SEARCH_TABLE,
+            summarise_searches(results.searches),
+            [*warnings, *origin],
         ),
         "datasets": Table("Datasets", _DATASET_TABLE, results.datasets),
     }

@@ -7,10 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from evoloss.analysis.figure_search_progress import describe_failure
 from evoloss.analysis.final import order_methods
 from evoloss.analysis.load import SEARCH_KEYS
-from evoloss.analysis.style import empty_figure, new_figure, note_in_panel
+from evoloss.analysis.style import describe_failure, empty_figure, new_figure, note_in_panel
 
 FATES = (
     ("archive_hits", "archive hit (equivalent loss known)", "#56B4E9", "//"),

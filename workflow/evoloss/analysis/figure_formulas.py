@@ -18,8 +18,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.mathtext import MathTextParser
 
-from evoloss.analysis.figure_search_progress import describe_failure
-from evoloss.analysis.style import empty_figure, method_style, new_figure
+from evoloss.analysis.style import describe_failure, empty_figure, method_style, new_figure
 
 FIGURE_SETTINGS = {"svg.fonttype": "path", "mathtext.fontset": "dejavuserif"}
 """Settings for this figure alone: as SVG text, brackets and roots need fonts that browsers lack."""

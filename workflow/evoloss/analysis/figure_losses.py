@@ -10,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 
-from evoloss.analysis.figure_search_progress import describe_failure
 from evoloss.analysis.final import order_methods
 from evoloss.analysis.loss_curves import (
     DOMAINS,
@@ -22,6 +21,7 @@ from evoloss.analysis.loss_curves import (
 )
 from evoloss.analysis.style import (
     SEED_LINES,
+    describe_failure,
     empty_figure,
     method_style,
     new_figure,

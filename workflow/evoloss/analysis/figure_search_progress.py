@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -16,6 +13,7 @@ from evoloss.analysis.final import order_methods
 from evoloss.analysis.load import SEARCH_KEYS
 from evoloss.analysis.style import (
     axis_scale,
+    describe_failure,
     empty_figure,
     log_axis_if_wide,
     method_style,
@@ -83,10 +81,3 @@ def _draw_panel(axes: Axes, group: pd.DataFrame) -> None:
     axes.set_ylabel(metric_label(metric, "fitness:"))
     failed = group[group["status"] == "failed"].drop_duplicates(SEARCH_KEYS)
     note_in_panel(axes, [describe_failure(row) for row in failed.to_dict("records")], top=True)
-
-
-def describe_failure(row: Mapping[Any, Any]) -> str:
-    """Return ``evomal, seed 1 failed: reason`` for a row of the searches or losses."""
-    reason = row.get("reason")
-    why = f": {reason}" if isinstance(reason, str) and reason else ""
-    return f"{row['method']}, seed {row['search_seed']} failed{why}"

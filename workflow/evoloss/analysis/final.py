@@ -29,6 +29,7 @@ FINAL_COLUMNS = [
     "learning_rate",
     "search_model",
     "version",
+    "commit",
 ]
 SUMMARY_COLUMNS = [
     "task",
@@ -79,7 +80,7 @@ def final_results(runs: pd.DataFrame, searches: pd.DataFrame) -> pd.DataFrame:
     last = done[done["step"] == done.groupby(RUN_KEYS, dropna=False)["step"].transform("max")]
     values = last.groupby([*keys, "split"], dropna=False)["value"].last().unstack("split")
     values = values.reindex(columns=["train", "validation", "test"])
-    info = last.groupby(keys, dropna=False)[["learning_rate", "version"]].first()
+    info = last.groupby(keys, dropna=False)[["learning_rate", "version", "commit"]].first()
     frame = values.join(info).reset_index()
     finite = np.isfinite(frame["test"].to_numpy(dtype=float))
     frame["status"] = ["ok" if ok else "diverged" for ok in finite]

@@ -33,6 +33,7 @@ RUN_COLUMNS = [
     "status",
     "reason",
     "version",
+    "commit",
 ]
 HISTORY_COLUMNS = [
     "generation",
@@ -60,6 +61,7 @@ SEARCH_COLUMNS = [
     "reason",
     "learning_rate",
     "version",
+    "commit",
     *HISTORY_COLUMNS,
 ]
 DATASET_COLUMNS = [
@@ -114,6 +116,15 @@ def version_of(document: Mapping[str, Any]) -> str | None:
     return None if version is None else str(version)
 
 
+def commit_of(document: Mapping[str, Any]) -> str | None:
+    """Return the commit that a file's provenance names, marked if there were changes on top, or None."""
+    provenance = document.get("provenance") or {}
+    commit = provenance.get("commit")
+    if commit is None:
+        return None
+    return str(commit)[:12] + (" with changes" if provenance.get("dirty") else "")
+
+
 def finish(frame: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     """Return ``frame`` with exactly ``columns`` in this order and integers that may be missing."""
     frame = frame.reindex(columns=columns)
@@ -154,6 +165,7 @@ def load_runs(paths: Paths) -> pd.DataFrame:
         shared = {
             "learning_rate": float(rate) if isinstance(rate, int | float) else float("nan"),
             "version": version_of(metadata),
+            "commit": commit_of(metadata),
         }
         frames.append(frame.assign(**shared, status="ok", reason=None))
         known = identify(path)
@@ -192,6 +204,7 @@ def load_searches(searches: Paths, histories: Paths) -> pd.DataFrame:
                 reason=document.get("reason"),
                 learning_rate=document.get("learning_rate"),
                 version=version_of(document),
+                commit=commit_of(document),
             )
         )
     return join_frames(frames, SEARCH_COLUMNS)

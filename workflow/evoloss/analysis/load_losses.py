@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from evoloss.analysis.load import Paths, identify, join_frames, version_of
+from evoloss.analysis.load import Paths, commit_of, identify, join_frames, version_of
 from evoloss.results import read_json
 
 LOSS_COLUMNS = [
@@ -30,6 +30,7 @@ LOSS_COLUMNS = [
     "best_score",
     "learning_rate",
     "version",
+    "commit",
 ]
 
 
@@ -90,6 +91,7 @@ def _row(key: tuple[str, str, int], documents: dict[str, dict[str, Any]]) -> dic
         "best_score": finetune.get("best_score"),
         "learning_rate": search.get("learning_rate"),
         "version": version_of(loss),
+        "commit": commit_of(loss),
     }
 
 

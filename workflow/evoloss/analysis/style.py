@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,3 +184,10 @@ def empty_figure(message: str) -> Figure:
     figure = new_figure(6.0, 1.6)
     figure.text(0.5, 0.5, message, ha="center", va="center", wrap=True)
     return figure
+
+
+def describe_failure(row: Mapping[Any, Any]) -> str:
+    """Return ``evomal, seed 1 failed: reason`` for a row of the searches or losses."""
+    reason = row.get("reason")
+    why = f": {reason}" if isinstance(reason, str) and reason else ""
+    return f"{row['method']}, seed {row['search_seed']} failed{why}"

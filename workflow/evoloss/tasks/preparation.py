@@ -40,9 +40,9 @@ def split_rows(
 ) -> dict[str, NDArray[np.int64]]:
     """Return disjoint row numbers for train, validation and test, each in random order.
 
-    The order matters: the rejection protocol and the points of a learning curve take the first rows of
-    a split as its sample, and sources are sorted by class. Classes are split one by one (a stratified split that keeps even the smallest class in every
-    split).
+    The order matters: the rejection protocol and the points of a learning curve take the first
+    rows of a split as its sample, and sources are sorted by class. Classes are split one by one (a
+    stratified split that keeps even the smallest class in every split).
 
     Raises
     ------
