@@ -51,7 +51,11 @@ def set_value(config: dict[str, Any], path: str, value: Any) -> None:
         ("tasks/diabetes/search", {"max_hight": 3}, "did you mean 'max_height'?"),
         ("tasks/my-task", {"dataset": "diabetes", "models": ["mlp"]}, "must start with a letter"),
         ("tasks/diabetes", None, "tasks.diabetes must be a mapping of keys to values, not empty"),
-        ("search/max_height", "10", "search.max_height must be an integer (at least 1), not the"),
+        (
+            "search/max_height",
+            "10",
+            "search.max_height must be an integer (at least 1, at most 40), not the",
+        ),
         ("search/max_height", True, "not true"),
         ("training/learning_rate", "1e-3", "YAML needs a dot to see a number: write 1.0e-3"),
         ("training/learning_rate", float("nan"), "training.learning_rate must be a finite number"),
@@ -72,10 +76,10 @@ def set_value(config: dict[str, Any], path: str, value: Any) -> None:
         ("datasets/split", [0.5, 0.5], "datasets.split must be a list (entries: 3)"),
         ("search/elitism_rate", 0.2, "elitism_rate must be at most 1, but is 1.15"),
         ("search/init_min_height", 5, "init_min_height <= init_max_height <= max_height"),
-        ("search/tournament_size", 11, "tournament_size 11 must be at most population_size 10"),
+        ("search/tournament_size", 99, "tournament_size 99 must be at most population_size"),
         ("training/nesterov", True, "training.nesterov: true needs training.momentum"),
         ("train/num_evaluations", 10**6, "must be at most train.steps"),
-        ("tune_learning_rate/minimum", 1.0, "must be less than maximum"),
+        ("tune_learning_rate/minimum", 99.0, "must be less than maximum"),
     ],
 )
 def test_refused_with_a_sentence(
@@ -110,9 +114,10 @@ def test_own_csv_dataset(config: dict[str, Any], tmp_path: Path) -> None:
 def test_a_task_overrides_single_keys(config: dict[str, Any]) -> None:
     merged = settings.merge_section(config, "diabetes", "training")
     assert merged["momentum"] == config["tasks"]["diabetes"]["training"]["momentum"]
-    assert merged["batch_size"] == config["training"]["batch_size"]
+    assert merged["precision"] == config["training"]["precision"]
     assert list(merged) == sorted(merged)
     assert settings.merge_section(config, "mnist5k", "training")["momentum"] == 0.0
+    config["tasks"]["mnist5k"]["search"] = {"learning_rate": "base"}
     assert settings.uses_tuned_rate(config, "mnist5k_noisy")
     assert not settings.uses_tuned_rate(config, "mnist5k")
 

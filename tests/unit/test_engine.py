@@ -293,6 +293,36 @@ def test_gradient_fingerprint_sees_equal_gradients_only() -> None:
     assert keys[0] == keys[1] != keys[2]
 
 
+def test_gradient_fingerprint_keeps_the_sign() -> None:
+    """With one output the norm of the gradient of every |g(y) - f(x)| is 1; the losses are not the same."""
+    engine = Engine(make_toy_task("regression", num_outputs=1), "linear", PLAIN, CPU)
+    formulas = [
+        "abs(sub(y, f(x)))",
+        "abs(sub(add(y, y), f(x)))",
+        "abs(sub(sub(y, 1), f(x)))",
+        "sub(y, f(x))",
+    ]
+    programs = [compile_weighted_tree(parse_expression(formula)) for formula in formulas]
+    keys = run_rejection_protocol(engine, programs, REJECTION, 0).gradient_keys
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_lucky_start_rejects_no_good_loss() -> None:
+    """Where the untrained network has no error on the sample, the task loss tells what improves."""
+    task = make_toy_task(rows=60)
+    engine = Engine(task, "linear", PLAIN, CPU)
+    model = engine.build_model(0, "rejection")
+    lucky = model(engine.task.train.x).argmax(1)
+    task = replace(engine.task, train=Split(engine.task.train.x, lucky))
+    engine = Engine(task, "linear", PLAIN, CPU)
+    programs = [
+        compile_weighted_tree(parse_expression(text))
+        for text in ("square(sub(y, f(x)))", "mul(y, log(f(x)))")
+    ]
+    result = run_rejection_protocol(engine, programs, REJECTION, 0)
+    assert result.rejected.tolist() == [False, True]
+
+
 def test_structurally_zero_gradient() -> None:
     assert has_zero_gradient(parse_expression("add(y, sign(sub(f(x), y)))"))
     assert not has_zero_gradient(parse_expression("add(f(x), sign(sub(f(x), y)))"))
@@ -323,3 +353,21 @@ def test_autograd_fallback_equals_the_kernels() -> None:
         rtol=1e-10,
         atol=1e-12,
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("model_name", ["linear", "lenet5", "gru"])
+def test_cuda_equals_cpu(model_name: str) -> None:
+    results = []
+    for device in (CPU, torch.device("cuda")):
+        engine = Engine(make_task(model_name), model_name, NESTEROV, device)
+        programs = [weighted(formula) for formula in FORMULAS]
+        tuned = engine.local_search(programs, LocalSearchSettings(3, 1, 0.01), 0)
+        tuned = engine.local_search(tuned, LocalSearchSettings(2, 2, 0.01), 0)
+        rejection = run_rejection_protocol(engine, tuned, REJECTION, 0)
+        evaluation = list(engine.train(engine.population_loss(tuned), 6, 0))[-1]
+        weights = np.concatenate([program.weights for program in tuned])
+        results.append((weights, rejection.rejected, evaluation.task_loss))
+    for cpu, cuda in zip(*results, strict=True):
+        np.testing.assert_allclose(cpu, cuda, rtol=1e-6)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoloss.engine.kernels import loss_gradients, mixed_gradients, pack_programs
+from evoloss.errors import ExpressionError
 from evoloss.expressions import (
     OPERATORS,
     Expression,
@@ -88,6 +89,14 @@ def test_every_operator_is_finite(name: str, dtype: type) -> None:
         value, gradient = loss_gradients(packed, y, f[None])
         assert np.isfinite(value).all()
         assert np.isfinite(gradient).all()
+
+
+def test_another_operator_table_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled code that numba has cached would not notice, and compute other operators."""
+    moved = dict(reversed(OPERATORS.items()))
+    monkeypatch.setattr("evoloss.expressions.operators.OPERATORS", moved)
+    with pytest.raises(ExpressionError, match=r"kernels\.py"):
+        pack_programs([compile_expression(call("abs", F))])
 
 
 def test_nan_never_becomes_finite() -> None:

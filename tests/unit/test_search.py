@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import operator
 import random
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -96,6 +98,45 @@ def test_one_terminal_is_repaired() -> None:
         with global_random(random.Random(0)):
             tree = variation._finish([terminal])
         assert {"y", "f(x)"} <= {node.symbol for node in to_expression(tree).walk()}
+
+
+@pytest.mark.parametrize("height", [1, 2, 4])
+def test_repair_holds_the_height_limit(height: int) -> None:
+    """Even where every leaf is as deep as a leaf may be."""
+    variation = Variation(
+        replace(VARIATION, init_min_height=height, init_max_height=height, max_height=height)
+    )
+    for seed in range(20):
+        with global_random(random.Random(seed)):
+            population = variation.initial_population(25)
+        for individual in population:
+            expression = to_expression(individual)
+            assert expression.height == individual.height <= height
+            assert expression.contains("y")
+            assert expression.contains("f(x)")
+
+
+def test_rates_are_the_shares_of_the_offspring(monkeypatch: pytest.MonkeyPatch) -> None:
+    variation = Variation(VARIATION)
+    drawn: Counter[str] = Counter()
+    for name in ("_crossover", "_mutate"):
+        original = getattr(variation, name)
+
+        def count(*args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
+            drawn[_name] += 1
+            return _original(*args, **kwargs)
+
+        monkeypatch.setattr(variation, name, count)
+    with global_random(random.Random(2)):
+        population = variation.initial_population(40)
+        for _ in range(50):
+            for individual in population:
+                individual.fitness.values = (random.random(),)
+            population = variation.next_generation(population)
+            drawn["offspring"] += 38
+    assert len(population) == 40
+    assert drawn["_crossover"] / drawn["offspring"] == pytest.approx(0.70, abs=0.05)
+    assert drawn["_mutate"] / drawn["offspring"] == pytest.approx(0.25, abs=0.05)
 
 
 def test_the_elite_survives_unchanged() -> None:

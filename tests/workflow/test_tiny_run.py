@@ -80,6 +80,7 @@ def test_order_of_keys_and_comments_rerun_nothing(tiny_run: Path, tmp_path: Path
         ("local_search: {meta_steps: 3}", "search_loss", "tune_learning_rate"),
         ("simplify: {tolerance: 1.0e-5}", "simplify_loss", "search_loss"),
         ("finetune: {meta_steps: 3}", "finetune_loss", "simplify_loss"),
+        ("train: {num_evaluations: 1}", "train_model", "finetune_loss"),
         ("train_seeds: [0, 1, 2]", "train_model", "finetune_loss"),
     ],
 )
@@ -101,6 +102,7 @@ def test_results_do_not_depend_on_the_number_of_cores(tiny_run: Path, tmp_path: 
         "results/search_loss/mnist5k_noisy/evomal/seed_0/hall_of_fame.json",
         "results/finetune_loss/mnist5k_noisy/evomal/seed_0/loss.json",
         "results/train_model/mnist5k_noisy/linear/evomal/seed_0.parquet",
+        "results/train_model/diabetes/mlp/gp_lfl/seed_1.parquet",
     ]
     done = start_snakemake(
         tmp_path, "--cores", 1, "--configfile", PRESETS / "tiny.yaml", "--", *targets

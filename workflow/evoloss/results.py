@@ -111,10 +111,10 @@ def _git(*words: str) -> str | None:
 def provenance(settings: Any = None, **extra: Any) -> dict[str, Any]:
     """Return what a reviewer needs to trace a result: versions, commit, digest of the settings.
 
-    It holds nothing that differs between two runs of one commit on one machine (no times, no paths), so result files
-    can be compared byte by byte.
+    It holds nothing that differs between two runs of one state of the code on one machine (no times, no paths), so
+    result files can be compared byte by byte. ``dirty`` tells of uncommitted changes below workflow/.
     """
-    status = _git("status", "--porcelain", "--untracked-files=no")
+    status = _git("status", "--porcelain", "--untracked-files=no", "--", "..")
     return {
         "evoloss": __version__,
         "commit": _git("rev-parse", "HEAD"),

@@ -70,6 +70,19 @@ def get_local_search(wildcards):
     return {}
 
 
+def get_finetune(wildcards):
+    """The fine-tuning's settings; gp_lfl has no constants to tune, only candidates to choose from."""
+    merged = settings.merge_section(config, wildcards.task, "finetune")
+    if wildcards.method == "evomal":
+        return merged
+    return {key: merged[key] for key in ("num_candidates", "selection_seeds")}
+
+
+def get_num_train_steps(wildcards):
+    """The budget of a final training alone: how its curve is drawn must not make searches run again."""
+    return settings.merge_section(config, wildcards.task, "train")["steps"]
+
+
 def get_task(wildcards):
     """Describe the task to a script; without a model wildcard it is the search's model, the first one."""
     task = config["tasks"][wildcards.task]

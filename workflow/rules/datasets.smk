@@ -46,9 +46,8 @@ rule tune_learning_rate:
         gpu=GPU,
     params:
         device=config["device"],
-        method="baseline_tuned",
+        num_steps=get_num_train_steps,
         task=get_task,
-        train=section("train"),
         training=section("training"),
         tune=section("tune_learning_rate"),
         version=VERSION,

@@ -23,11 +23,11 @@ rule finetune_loss:
         gpu=GPU,
     params:
         device=config["device"],
-        finetune=section("finetune"),
+        finetune=get_finetune,
         method=lambda wildcards: wildcards.method,
+        num_steps=get_num_train_steps,
         seed=lambda wildcards: int(wildcards.search_seed),
         task=get_task,
-        train=section("train"),
         training=section("training"),
         version=VERSION,
     script:

@@ -18,8 +18,6 @@ rule simplify_loss:
         mem_mb=1500,
         runtime=60,
     params:
-        method=lambda wildcards: wildcards.method,
-        seed=lambda wildcards: int(wildcards.search_seed),
         simplify=settings.sort_keys(config["simplify"]),
         task=get_task,
         version=VERSION,

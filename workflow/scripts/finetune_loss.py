@@ -14,7 +14,7 @@ if __name__ == "__main__":
             read_json(snakemake.input.simplified),
             params.method,
             params.finetune,
-            params.train["steps"],
+            params.num_steps,
             params.seed,
         )
         write_json(snakemake.output.finetune, result.report)

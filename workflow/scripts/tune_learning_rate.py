@@ -10,7 +10,7 @@ if __name__ == "__main__":
         result = tune_learning_rate(
             StageInput.from_snakemake(snakemake),
             snakemake.params.tune,
-            snakemake.params.train["steps"],
+            snakemake.params.num_steps,
         )
         write_json(snakemake.output.tuned, result)
         log.info("best learning rate %s", result["best_learning_rate"])

@@ -28,7 +28,7 @@ from evoloss.tasks import Split, Task, build_model
 logger = logging.getLogger(__name__)
 
 CURVE_ROWS = 500
-"""Before the last step a learning curve is measured on at most so many rows of a split (the split is shuffled)."""
+"""Before the last step the training split is measured on at most so many rows of it (it is shuffled)."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,8 @@ class Engine:
     ) -> Iterator[Evaluation]:
         """Train ``loss.size`` networks from the same parameters on the same batches; yield their evaluations.
 
-        ``evaluate_at`` are step numbers (default: the last one only); step 0 is the untrained network. The last step is
-        evaluated on all rows, the others on the first `CURVE_ROWS`; the test split at the last step alone.
+        ``evaluate_at`` are step numbers (default: the last one only); step 0 is the untrained network. Before the
+        last step the training split is measured on its first `CURVE_ROWS`; the test split is measured at the last alone.
         """
         steps = sorted({num_steps} if evaluate_at is None else {*evaluate_at, num_steps})
         batches = draw_batches(
@@ -143,7 +143,7 @@ class Engine:
                 if name == "test" and step < num_steps:
                     continue
                 data = self.splits[name]
-                if step < num_steps:
+                if name == "train" and step < num_steps:
                     data = Split(data.x[:CURVE_ROWS], data.y[:CURVE_ROWS])
                 outputs = self.path.outputs(state, data.x)  # type: ignore[arg-type]
                 yield Evaluation(step, name, *self._score(outputs, data.y))

@@ -46,14 +46,18 @@ def has_zero_gradient(expression: Expression) -> bool:
 
 
 def _fingerprint(gradient: NDArray[np.float64], digits: int) -> bytes:
-    """Round the per-sample gradient norms to ``digits`` significant digits."""
-    norms = np.sqrt((gradient**2).sum(-1))
+    """Round every sample's gradient (samples, outputs) to ``digits`` significant digits of its norm.
+
+    The paper compares the norms alone; they lose the sign, so that with one output very different losses look alike
+    (all |g(y) - f(x)|, for instance, whose norm is 1 everywhere).
+    """
+    norms = np.sqrt((gradient**2).sum(-1, keepdims=True))
     with np.errstate(divide="ignore", invalid="ignore"):
         exponent = np.floor(np.log10(norms))
     exponent[~np.isfinite(exponent)] = 0.0
     scale = 10.0 ** (exponent - digits + 1)
     return bytes(
-        np.round(norms / scale).astype(np.int64).tobytes() + exponent.astype(np.int64).tobytes()
+        np.round(gradient / scale).astype(np.int64).tobytes() + exponent.astype(np.int64).tobytes()
     )
 
 
@@ -77,11 +81,14 @@ def run_rejection_protocol(
     outputs = start.expand(loss.size, *start.shape).clone()
     adam = torch.optim.Adam([outputs], lr=settings.learning_rate, foreach=False)
     before = task.compute_metric(start, batch.y).item()
+    # a sample that the untrained network gets right by luck cannot improve in the metric; then the task loss must
+    measure = task.compute_metric if before > 0 else task.compute_task_loss
+    before = measure(start, batch.y).item()
     for _ in range(settings.steps):
         # the sum over samples: Adam's step must not vanish in its epsilon because the batch is large
         outputs.grad = loss.output_gradients(outputs, batch.targets) * len(rows)
         adam.step()
-    after = task.compute_metric(outputs, batch.y).double().cpu().numpy()
+    after = measure(outputs, batch.y).double().cpu().numpy()
     gradient = loss.output_gradients(outputs, batch.targets).double().cpu().numpy()
     finite = np.isfinite(gradient).all((1, 2)) & np.isfinite(outputs.cpu().numpy()).all((1, 2))
     rejected = ~(finite & (after < before))

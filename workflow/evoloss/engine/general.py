@@ -45,14 +45,6 @@ class GeneralPath:
         copies = [[p.clone() for p in initial] for _ in range(size)]
         return GeneralState(copies, [None] * size, [True] * size)
 
-    def select(self, state: GeneralState, keep: Sequence[int]) -> GeneralState:
-        """Return the state of the candidates ``keep``."""
-        return GeneralState(
-            [state.params[p] for p in keep],
-            [state.momenta[p] for p in keep],
-            [state.alive[p] for p in keep],
-        )
-
     def _load(self, params: Sequence[Tensor]) -> None:
         for own, value in zip(self._params, params, strict=True):
             own.data = value

@@ -22,20 +22,28 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from evoloss.expressions.operators import (
-    LABEL_CODE,
-    ONE_CODE,
-    OPCODES,
-    PREDICTION_CODE,
-    PROTECTION,
-)
+from evoloss.errors import ExpressionError
+from evoloss.expressions import operators
 from evoloss.expressions.program import Program
 
 BLOCK = 64
-ADD, SUB, MUL, AQ, MIN, MAX = (OPCODES[n] for n in ("add", "sub", "mul", "aq", "min", "max"))
-SIGN, SQUARE, ABS, LOG, SQRT, TANH = (
-    OPCODES[n] for n in ("sign", "square", "abs", "log", "sqrt", "tanh")
-)
+# Literal, not computed from the operator table: numba's cache of compiled code sees changes of this file alone.
+# `check_operator_table` compares.
+ADD, SUB, MUL, AQ, MIN, MAX = 0, 1, 2, 3, 4, 5
+SIGN, SQUARE, ABS, LOG, SQRT, TANH = 6, 7, 8, 9, 10, 11
+LABEL_CODE, PREDICTION_CODE, ONE_CODE = 12, 13, 14
+PROTECTION = 1e-7
+_NAMES = "add sub mul aq min max sign square abs log sqrt tanh"
+
+
+def check_operator_table() -> None:
+    """Raise `ExpressionError` if the kernels do not follow the operator table (a row was added, moved or changed)."""
+    names = tuple(operators.OPERATORS)
+    if names != tuple(_NAMES.split()) or operators.PROTECTION != PROTECTION:
+        raise ExpressionError(
+            f"the kernels know the operators {_NAMES} with protection {PROTECTION}, but the table holds "
+            f"{' '.join(names)} with {operators.PROTECTION}; bring evoloss/engine/kernels.py up to date"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +63,7 @@ class PackedPrograms:
 
 def pack_programs(programs: Sequence[Program], dtype: Any = np.float32) -> PackedPrograms:
     """Join programs into the arrays that the kernels read; weights are converted to ``dtype``."""
+    check_operator_table()
     lengths = [len(program) for program in programs]
     return PackedPrograms(
         np.concatenate([program.ops for program in programs]),

@@ -7,7 +7,6 @@ the stepped weights are never formed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,17 +63,6 @@ class LinearPath:
         weight, bias = self._layer(model)
         return LinearState(
             weight.t().unsqueeze(1).repeat(1, size, 1), bias.unsqueeze(0).repeat(size, 1)
-        )
-
-    def select(self, state: LinearState, keep: Sequence[int]) -> LinearState:
-        """Return the state of the candidates ``keep``."""
-        index = list(keep)
-        wm, bm = state.weight_momentum, state.bias_momentum
-        return LinearState(
-            state.weight[:, index].contiguous(),
-            state.bias[index],
-            None if wm is None else wm[:, index].contiguous(),
-            None if bm is None else bm[index],
         )
 
     def advance(

@@ -78,7 +78,10 @@ class PopulationLoss:
 
     def select(self, keep: Sequence[int]) -> PopulationLoss:
         """See `OutputLoss`."""
-        return PopulationLoss(self.task, [self.programs[p] for p in keep], self.dtype)
+        chosen = PopulationLoss(self.task, [self.programs[p] for p in keep], self.dtype)
+        spans = [slice(self.offsets[p], self.offsets[p + 1]) for p in keep]
+        chosen.set_weights(np.concatenate([self._packed.weights[span] for span in spans]))
+        return chosen
 
     def set_weights(self, weights: NDArray[np.float64]) -> None:
         """Replace all instruction weights, end to end, shape ``(instructions,)``."""

@@ -77,7 +77,7 @@ def unrolled_meta_gradient(
     """Return the outer loss after ``len(inner)`` steps and its gradient by all weights, shape ``(instructions,)``."""
     device = outer.x.device
     weights = torch.tensor(program.weights, dtype=settings.dtype, device=device, requires_grad=True)
-    # cuDNN's recurrent layers have no second derivative
+    # cuDNN's recurrent layers have no second derivative, should a model of the user's own have one
     with torch.backends.cudnn.flags(enabled=False):
         params = unroll(task, model, program, weights, settings, inner)
         value = task.compute_task_loss(functional_call(model, params, (outer.x,)), outer.y)

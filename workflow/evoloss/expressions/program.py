@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evoloss.errors import ExpressionError
 from evoloss.expressions.expression import Expression, F, Y, call, constant
 from evoloss.expressions.operators import (
     CONSTANT,
@@ -86,7 +85,7 @@ def _compile(expression: Expression, share: bool) -> Program:
         return len(ops) - 1
 
     def visit(node: Expression) -> int:
-        if share and node in seen:
+        if share and node.symbol != CONSTANT and node in seen:
             return seen[node]
         if node.symbol == LABEL:
             index = emit(LABEL_CODE)
@@ -139,9 +138,12 @@ def _without_dead_code(program: Program) -> Program:
 
 
 def compile_expression(expression: Expression) -> Program:
-    """Compile with equal subtrees shared; constants other than 0, 1 and -1, and the scale, are loss parameters."""
+    """Compile with equal subtrees shared; every constant, every factor, and the scale are loss parameters.
+
+    Constants are not shared: two that happen to be equal are two parameters.
+    """
     program = _compile(expression, share=True)
-    trainable = ~np.isin(program.weights, (0.0, 1.0, -1.0))
+    trainable = (program.weights != 1.0) | (program.ops == ONE_CODE)
     trainable[-1] = True
     return replace(program, trainable=trainable)
 
@@ -211,12 +213,3 @@ def evaluate_instructions(
             value = operator.evaluate(xp, *args)
         values.append(value if isinstance(weight, float) and weight == 1.0 else weight * value)
     return values[-1]
-
-
-def require_both_terminals(expression: Expression) -> None:
-    """Raise `ExpressionError` unless both ``y`` and ``f(x)`` occur."""
-    for symbol in (LABEL, PREDICTION):
-        if not expression.contains(symbol):
-            raise ExpressionError(
-                f"a loss must contain both y and f(x); {expression} lacks {symbol}"
-            )

@@ -157,19 +157,33 @@ class GPSearch:
             else:
                 first.add(gradient_key)
                 pending.append((key, program, gradient_key))
-        fitnesses = self.engine.compute_fitness(
-            [program for _, program, _ in pending], s.fitness_steps, self.search_seed, "fitness"
-        )
-        self._lap("fitness", clock)
-        for (key, program, gradient_key), fitness in zip(pending, fitnesses, strict=True):
-            diverged = not np.isfinite(fitness)
-            value = WORST if diverged else float(fitness)
-            status = "diverged" if diverged else "evaluated"
-            self._remember(key, fresh[key], program, status, value)
-            self.archive.fitness_by_gradient[gradient_key] = value
+        self._run_fitness(pending, fresh)
+        orphans = []
         for key, program, gradient_key in twins:
-            value = self.archive.fitness_by_gradient[gradient_key]
-            self._remember(key, fresh[key], program, "gradient_hits", value)
+            value = self.archive.fitness_by_gradient.get(gradient_key)
+            if value is None:  # its first twin diverged, which says nothing about this one
+                orphans.append((key, program, gradient_key))
+            else:
+                self._remember(key, fresh[key], program, "gradient_hits", value)
+        self._run_fitness(orphans, fresh)
+        self._lap("fitness", clock)
+
+    def _run_fitness(
+        self, pending: list[tuple[str, Program, bytes]], fresh: dict[str, Expression]
+    ) -> None:
+        """Train with the losses (key, program, gradient fingerprint) and remember how they did."""
+        fitnesses = self.engine.compute_fitness(
+            [program for _, program, _ in pending],
+            self.settings.fitness_steps,
+            self.search_seed,
+            "fitness",
+        )
+        for (key, program, gradient_key), fitness in zip(pending, fitnesses, strict=True):
+            if np.isfinite(fitness):
+                self._remember(key, fresh[key], program, "evaluated", float(fitness))
+                self.archive.fitness_by_gradient[gradient_key] = float(fitness)
+            else:
+                self._remember(key, fresh[key], program, "diverged", WORST)
 
     def _lap(self, phase: str, since: float) -> float:
         now = time.perf_counter()

@@ -34,7 +34,11 @@ class Individual(gp.PrimitiveTree):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class VariationSettings:
-    """Rates are shares of a generation; heights in edges; sizes in individuals."""
+    """Heights in edges, sizes in individuals.
+
+    ``elitism_rate`` is the share of a generation that is the best of the last one, unchanged (at least one individual
+    unless it is 0). The others come from crossover and mutation with these probabilities, else from reproduction.
+    """
 
     tournament_size: int
     parsimony_size: float
@@ -80,22 +84,28 @@ def _is_argument(node: Any, value: str) -> bool:
 def repair(tree: Individual, primitives: gp.PrimitiveSet, max_height: int) -> Individual:
     """Make both ``y`` and ``f(x)`` occur: replace a random terminal by an arithmetic operator applied to (y, f(x)).
 
-    The order of the two is random. A terminal at ``max_height`` is never chosen, so the height limit holds.
+    The order of the two is random. A terminal at ``max_height`` is never chosen, so the height limit holds; where all
+    are that deep, the operator above a random one is replaced with all its arguments.
     """
     y, f = (primitives.mapping[name] for name in (LABEL, PREDICTION))
     if all(any(_is_argument(n, a.value) for n in tree) for a in (y, f)):
         return tree
-    places = []
-    pending = [0]
+    places: list[int] = []
+    parents: list[int] = []
+    pending = [(0, 0)]
     for index, node in enumerate(tree):
-        depth = pending.pop()
-        pending.extend([depth + 1] * node.arity)
-        if node.arity == 0 and depth < max_height:
-            places.append(index)
-    place = random.choice(places)
+        depth, parent = pending.pop()
+        pending.extend([(depth + 1, index)] * node.arity)
+        if node.arity == 0:
+            parents.append(parent)
+            if depth < max_height:
+                places.append(index)
+    place = random.choice(places or parents)
     pair = [y, f] if random.random() < 0.5 else [f, y]
-    tree[place : place + 1] = [primitives.mapping[random.choice(ARITHMETIC)], *pair]
-    return tree
+    # plain list slicing: PrimitiveTree's own checks every replacement's arity
+    content = list(tree)
+    content[tree.searchSubtree(place)] = [primitives.mapping[random.choice(ARITHMETIC)], *pair]
+    return Individual(content)
 
 
 class Variation:
@@ -138,8 +148,9 @@ class Variation:
         while len(children) < size:
             draw = random.random()
             if draw < s.crossover_rate:
-                pair = self._crossover(self._select(population), self._select(population))
-                children.extend(self._finish(child) for child in pair[: size - len(children)])
+                # one of the two children, as in DEAP's varOr: else the shares would not be the rates
+                child, _ = self._crossover(self._select(population), self._select(population))
+                children.append(self._finish(child))
             elif draw < s.crossover_rate + s.mutation_rate:
                 mutant = self._mutate(
                     self._select(population), expr=self._grow, pset=self.primitives

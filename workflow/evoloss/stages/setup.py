@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,6 +55,10 @@ class StageInput:
         """Load the data and return the engine; sets torch's number of CPU threads."""
         torch.set_num_threads(self.threads)
         device = choose_device(self.device)
+        if device.type == "cuda":
+            # the same seed on the same card gives the same result; an operation that cannot promise it warns
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
         task = load_task(
             self.task["name"],
             self.dataset_path,

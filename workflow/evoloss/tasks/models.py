@@ -1,8 +1,8 @@
 """Base models: small networks that train well with plain SGD.
 
-All are free of dropout and batch statistics and use only operations that `torch.func` can
-transform (``vjp``, ``jvp``, ``vmap``), because the engine trains populations of them and
-differentiates through their training.
+All are free of dropout and batch statistics, and twice differentiable on every device, because the
+engine differentiates through their training. All can be transformed by `torch.func` (``vjp``,
+``jvp``, ``vmap``), so that a population of them can also be trained as one batch.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class CharCNN(nn.Module):
         num_filters: int = 96,
     ) -> None:
         super().__init__()
-        # No padding_idx: it would zero a gradient that forward-mode differentiation does not zero.
+        # No padding_idx: it zeroes a gradient in reverse mode alone, so jvp and vjp would disagree.
         self.embedding = nn.Embedding(vocabulary_size, embedding_size)
         self.convolution = nn.Conv1d(embedding_size, num_filters, kernel_size=3, padding=1)
         self.output = nn.Linear(num_filters, num_outputs)
@@ -90,8 +90,8 @@ class CharCNN(nn.Module):
 class GRU(nn.Module):
     """Characters -> embedding -> GRU (Cho et al. 2014) -> state after the last character -> linear.
 
-    The recurrence is written out: `torch.nn.GRU` has no batching rule for ``torch.func.vmap``, and
-    is no faster here.
+    The recurrence is written out: cuDNN's, which `torch.nn.GRU` uses, is not twice differentiable,
+    and `torch.nn.GRU` is no faster here on a CPU.
     """
 
     def __init__(

@@ -1,0 +1,143 @@
+"""The stages on a small prepared dataset: tuning, search, simplification, fine-tuning, final training."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from evoloss.errors import DataError
+from evoloss.expressions import compile_expression, parse_expression
+from evoloss.losses.loss_file import load, save_loss
+from evoloss.results import write_json
+from evoloss.stages.finetuning import finetune_loss, split_scale
+from evoloss.stages.setup import StageInput
+from evoloss.stages.simplifying import simplify_hall_of_fame
+from evoloss.stages.training import train_model
+from evoloss.stages.tuning import tune_learning_rate
+from evoloss.tasks.datasets import prepare_dataset, save_dataset
+
+FINETUNE = {
+    "num_candidates": 2, "meta_steps": 6, "inner_steps": 2, "meta_learning_rate": 0.05,
+    "evaluate_every": 2, "selection_seeds": 2,
+}  # fmt: skip
+TUNE = {"minimum": 0.001, "maximum": 1.0, "num_points": 4, "num_seeds": 2}
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> StageInput:
+    folder = tmp_path_factory.mktemp("diabetes")
+    arrays, card = prepare_dataset("diabetes", data_seed=0)
+    save_dataset(arrays, card, folder / "diabetes.npz", folder / "diabetes.json")
+    task = {
+        "name": "diabetes", "dataset": "diabetes", "kind": "regression", "model": "linear",
+        "label_noise": None, "data_seed": 0,
+    }  # fmt: skip
+    training = {"batch_size": 32, "learning_rate": 0.01, "precision": "float64"}
+    return StageInput(task, training, str(folder / "diabetes.npz"), "cpu", 1)
+
+
+def simplified(*formulas: str) -> dict[str, Any]:
+    hall_of_fame = {
+        "task": "diabetes", "model": "linear", "method": "evomal", "search_seed": 0,
+        "status": "ok" if formulas else "failed", "reason": None if formulas else "all rejected",
+        "provenance": {},
+        "entries": [
+            {"expression": text, "fitness": 0.5 + i, "complexity": 5} for i, text in enumerate(formulas)
+        ],
+    }  # fmt: skip
+    return simplify_hall_of_fame(hall_of_fame, "regression", 1e-6)
+
+
+def test_tuning_takes_the_best_of_the_grid(stage: StageInput) -> None:
+    result = tune_learning_rate(stage, TUNE, 60)
+    rates = [point["learning_rate"] for point in result["grid"]]
+    assert rates == [0.001, 0.01, 0.1, 1.0]
+    scores = {p["learning_rate"]: p["validation_metric"] for p in result["grid"]}
+    done = {rate: score for rate, score in scores.items() if score is not None}
+    assert result["best_learning_rate"] == min(done, key=done.__getitem__)
+    for point in result["grid"]:
+        if point["validation_metric"] is not None:
+            assert point["validation_metric"] == pytest.approx(np.mean(point["per_seed"]))
+
+
+def test_a_diverged_tuning_is_told(stage: StageInput, tmp_path: Path) -> None:
+    result = tune_learning_rate(stage, TUNE | {"minimum": 1e6, "maximum": 1e9}, 200)
+    assert result["best_learning_rate"] is None
+    write_json(tmp_path / "tuned.json", result)
+    with pytest.raises(DataError, match="diverged at every one"):
+        _ = replace(stage, tuned_path=str(tmp_path / "tuned.json")).settings
+
+
+def test_finetuning_chooses_and_never_gets_worse(stage: StageInput) -> None:
+    losses = simplified("mul(0.001, sub(f(x), y))", "mul(0.2, square(sub(mul(0.9, y), f(x))))")
+    result = finetune_loss(stage, losses, "evomal", FINETUNE, 40, 0)
+    report = result.report
+    scores = [candidate["score"] for candidate in report["candidates"]]
+    assert report["selected"] == int(np.argmin(scores)) == 1
+    assert report["start_score"] == min(scores)
+    assert report["best_score"] <= report["start_score"]
+    assert [entry["meta_step"] for entry in report["trace"]] == list(range(7))
+    scored = [entry["score"] for entry in report["trace"] if entry["score"] is not None]
+    assert len(scored) == 1 + 3
+    assert report["best_score"] == min(scored)
+    assert report["best_score"] < report["start_score"], "the constants can be improved here"
+
+
+def test_gp_lfl_only_chooses(stage: StageInput) -> None:
+    losses = simplified("mul(0.5, square(sub(y, f(x))))")
+    choice = {name: FINETUNE[name] for name in ("num_candidates", "selection_seeds")}
+    result = finetune_loss(stage, losses, "gp_lfl", choice, 40, 0)
+    assert result.scale == pytest.approx(0.5)
+    assert str(result.expression) == "square(sub(y, f(x)))"
+    assert result.report["trace"] == []
+
+
+def test_every_constant_is_a_loss_parameter() -> None:
+    program = compile_expression(
+        parse_expression("add(square(sub(f(x), 1)), mul(0.5, abs(sub(y, 1))))")
+    )
+    assert len(program.loss_params) == 4  # 1 and 1 apart, 0.5, and the scale
+
+
+@pytest.mark.parametrize("text", ["mul(-2.5, abs(sub(y, f(x))))", "square(sub(mul(0.3, y), f(x)))"])
+def test_split_scale_keeps_the_loss(text: str) -> None:
+    program = compile_expression(parse_expression(text))
+    expression, scale = split_scale(program)
+    again = compile_expression(expression)
+    assert scale > 0
+    assert again.weights[-1] * scale == program.weights[-1]
+
+
+def test_failed_searches_stay_failed_and_the_others_go_on(
+    stage: StageInput, tmp_path: Path
+) -> None:
+    failed = finetune_loss(stage, simplified(), "evomal", FINETUNE, 40, 0)
+    assert failed.expression is None
+    paths = [tmp_path / "failed.json", tmp_path / "good.json"]
+    save_loss(paths[0], kind="regression", expression=None, reason=failed.report["reason"])
+    good = parse_expression("square(sub(y, f(x)))")
+    save_loss(paths[1], kind="regression", expression=good, scale=0.5)
+    assert load(paths[1]).scale == 0.5
+    train = {"steps": 30, "num_evaluations": 3}
+    columns, metadata = train_model(stage, "evomal", paths, [0, 1], train, 0)
+    assert set(columns["search_seed"]) == {1}
+    assert metadata["missing"] == [{"search_seed": 0, "reason": "all rejected"}]
+    assert sorted({*columns["step"]}) == [0, 10, 20, 30]
+    tests = [
+        s for s, split in zip(columns["step"], columns["split"], strict=True) if split == "test"
+    ]
+    assert tests == [30]
+
+
+def test_the_standard_loss_trains_as_its_formula(stage: StageInput, tmp_path: Path) -> None:
+    """Same weights, same batches: squared error as a learned loss gives the baseline's numbers."""
+    path = tmp_path / "mse.json"
+    save_loss(path, kind="regression", expression=parse_expression("square(sub(y, f(x)))"))
+    train = {"steps": 50, "num_evaluations": 2}
+    learned, _ = train_model(stage, "evomal", [path], [0], train, 3)
+    baseline, _ = train_model(stage, "baseline", [], [], train, 3)
+    assert learned["value"] == pytest.approx(baseline["value"], rel=1e-12)
