@@ -122,7 +122,7 @@ class Engine:
         """Train ``loss.size`` networks from the same parameters on the same batches; yield their evaluations.
 
         ``evaluate_at`` are step numbers (default: the last one only); step 0 is the untrained network. Before the
-        last step the training split is measured on its first `CURVE_ROWS`; the test split is measured at the last alone.
+        last step the training split is measured on its first `CURVE_ROWS`; the test split at the last step alone.
         """
         steps = sorted({num_steps} if evaluate_at is None else {*evaluate_at, num_steps})
         batches = draw_batches(
