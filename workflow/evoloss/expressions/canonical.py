@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from evoloss.errors import ExpressionError
 from evoloss.expressions.expression import Expression, format_text
 from evoloss.expressions.operators import CONSTANT, LABEL, PREDICTION, PROTECTION
 
@@ -85,6 +86,8 @@ class Normaliser:
         ------
         OverflowError
             If a folded constant leaves the range of float64.
+        ExpressionError
+            For an operator without rules: guessing would call different losses the same.
         """
         symbol = node.symbol
         if symbol == CONSTANT:
@@ -103,7 +106,9 @@ class Normaliser:
             return self.product((a, b))
         if symbol == "aq":
             return self.product((a, self.even("q", b)))
-        return self.extremum(symbol, (a, b))
+        if symbol in _OPPOSITE:
+            return self.extremum(symbol, (a, b))
+        raise ExpressionError(f"operator {symbol!r} has no rewriting rule")
 
     def unary(self, symbol: str, a: Term) -> Term:
         """Return the term of a one-argument operator applied to ``a``."""
@@ -115,7 +120,9 @@ class Normaliser:
             return self.sign(a)
         if symbol == "tanh":
             return self.tanh(a)
-        return self.even(symbol, a)
+        if symbol in ("log", "sqrt"):
+            return self.even(symbol, a)
+        raise ExpressionError(f"operator {symbol!r} has no rewriting rule")
 
     def factors(self, key: str) -> tuple[str, ...]:
         """Return the factors of a base (itself, unless it is a product)."""
