@@ -13,7 +13,7 @@ WORST = float("inf")
 class Record:
     """The outcome for one loss: ``fitness`` (lower is better, `WORST` if it was rejected or diverged).
 
-    ``status`` is how it came: evaluated, rejected, zero_gradient, gradient_hit (an equal loss's fitness), diverged.
+    ``status`` is how it came: evaluated, rejected, zero_gradient, gradient_hits (an equal loss's fitness), diverged.
     ``expression`` is the loss with its tuned weights as constants, ``complexity`` the node count of its GP ``tree``.
     """
 
