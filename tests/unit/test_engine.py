@@ -97,7 +97,7 @@ def test_meta_gradient_equals_double_backprop(
     inner = [engine.batch("train", rows[i]) for i in range(inner_steps)]
     outer = engine.batch("validation", torch.arange(4))
     model = engine.build_model(3)
-    values, gradient = engine.meta_gradients(programs, loss, model, inner, outer)
+    values, gradient = engine.meta_gradients(engine.prepare(model, inner, outer), loss)
     for p, program in enumerate(programs):
         expected = oracle_meta_gradient(
             task, engine.build_model(3), program, settings,
@@ -122,13 +122,14 @@ def test_meta_gradient_equals_finite_differences() -> None:
         moved = program.with_loss_params(phi)
         model = engine.build_model(0)
         return float(
-            engine.meta_gradients([moved], engine.population_loss([moved]), model, [inner], outer)[
-                0
-            ][0]
+            engine.meta_gradients(
+                engine.prepare(model, [inner], outer), engine.population_loss([moved])
+            )[0][0]
         )
 
     loss = engine.population_loss([program])
-    _, gradient = engine.meta_gradients([program], loss, engine.build_model(0), [inner], outer)
+    context = engine.prepare(engine.build_model(0), [inner], outer)
+    _, gradient = engine.meta_gradients(context, loss)
     phi = program.loss_params
     for i, step in enumerate(np.eye(len(phi)) * 1e-6):
         slope = (value(phi + step) - value(phi - step)) / 2e-6
@@ -159,9 +160,8 @@ def test_meta_gradient_of_a_quadratic_in_closed_form() -> None:
     expected = 2 * outer_error * (xv * (-rate * 4 * error * x) + (-rate * 4 * error))
     rows = torch.zeros(1, dtype=torch.int64)
     loss = engine.population_loss([program])
-    _, gradient = engine.meta_gradients(
-        [program], loss, model, [engine.batch("train", rows)], engine.batch("validation", rows)
-    )
+    context = engine.prepare(model, [engine.batch("train", rows)], engine.batch("validation", rows))
+    _, gradient = engine.meta_gradients(context, loss)
     assert gradient[len(program) - 2] == pytest.approx(expected, rel=1e-12)
 
 

@@ -1,10 +1,12 @@
 """The general path: any network, one candidate after another, by plain autograd.
 
-On a CPU one network's state stays in the cache this way, and every step runs the library's best kernels.
+On a CPU one network's state stays in the cache this way, and every step runs the library's best kernels. With more
+than one thread each thread takes candidates of its own: they need not wait for each other within a step.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,23 +15,53 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from evoloss.engine.optimizer import OptimizerState, update_parameters
 from evoloss.engine.population_loss import OutputLoss, PopulationLoss, TaskLoss
 from evoloss.engine.settings import TrainingSettings
 from evoloss.engine.streams import Batch
+from evoloss.engine.threads import map_on_threads
 from evoloss.tasks import Task
 
 
 @dataclass
 class GeneralState:
-    """Parameters and momentum buffers of P networks; a candidate whose gradient was not finite is not ``alive``."""
+    """Parameters and optimisers of P networks; a candidate whose gradient was not finite is not ``alive``."""
 
     params: list[list[Tensor]]
-    momenta: list[list[Tensor] | None]
+    optimizers: list[OptimizerState]
     alive: list[bool]
 
 
+@dataclass(frozen=True)
+class GeneralContext:
+    """The meta-step itself: a graph through the network is not kept."""
+
+    model: nn.Module
+    inner: Batch
+    outer: Batch
+
+    @property
+    def nbytes(self) -> int:
+        """See `evoloss.engine.path.Context`."""
+        return sum(p.nbytes for p in self.model.parameters()) + sum(
+            part.nbytes for batch in (self.inner, self.outer) for part in batch
+        )
+
+
+class _Worker:
+    """A working copy of the network: its own parameters are overwritten."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = copy.deepcopy(model)
+        self.params = [p for p in self.model.parameters() if p.requires_grad]
+
+    def load(self, params: Sequence[Tensor]) -> None:
+        for own, value in zip(self.params, params, strict=True):
+            own.data = value
+
+
 class GeneralPath:
-    """Trains P copies of ``model`` in turn. ``model`` is the work place: its own parameters are overwritten."""
+    """Trains P copies of ``model`` in turn."""
 
     name = "general"
 
@@ -37,28 +69,41 @@ class GeneralPath:
         self.task = task
         self.model = model
         self.settings = settings
-        self._params = [p for p in model.parameters() if p.requires_grad]
 
-    def start(self, model: nn.Module, size: int) -> GeneralState:
-        """Return ``size`` copies of a freshly initialised ``model``."""
-        initial = [p.detach().clone() for p in model.parameters() if p.requires_grad]
-        copies = [[p.clone() for p in initial] for _ in range(size)]
-        return GeneralState(copies, [None] * size, [True] * size)
+    @classmethod
+    def find_obstacle(cls, task: Task, model: nn.Module, settings: TrainingSettings) -> str | None:
+        """See `evoloss.engine.path.Path`: it handles every network."""
+        return None
 
-    def _load(self, params: Sequence[Tensor]) -> None:
-        for own, value in zip(self._params, params, strict=True):
-            own.data = value
+    def start(self, models: Sequence[nn.Module]) -> GeneralState:
+        """See `evoloss.engine.path.Path`."""
+        copies = [
+            [p.detach().clone() for p in model.parameters() if p.requires_grad] for model in models
+        ]
+        return GeneralState(copies, [OptimizerState() for _ in copies], [True] * len(copies))
+
+    def select(self, state: GeneralState, keep: Sequence[int]) -> GeneralState:
+        """See `evoloss.engine.path.Path`."""
+        return GeneralState(
+            [state.params[p] for p in keep],
+            [state.optimizers[p] for p in keep],
+            [state.alive[p] for p in keep],
+        )
 
     def advance(
         self, state: GeneralState, loss: OutputLoss, x: Tensor, targets: Tensor, batches: Tensor
     ) -> None:
-        """Train every candidate in place on ``batches`` (steps, batch) of the rows of ``x`` and ``targets``."""
-        for p in range(loss.size):
-            if state.alive[p]:
-                self._advance_one(state, p, loss.select([p]), x, targets, batches)
+        """See `evoloss.engine.path.Path`."""
+
+        def work(worker: _Worker, p: int) -> None:
+            self._advance_one(worker, state, p, loss.select([p]), x, targets, batches)
+
+        alive = [p for p in range(loss.size) if state.alive[p]]
+        map_on_threads(lambda: _Worker(self.model), work, alive)
 
     def _advance_one(
         self,
+        worker: _Worker,
         state: GeneralState,
         p: int,
         loss: OutputLoss,
@@ -66,51 +111,46 @@ class GeneralPath:
         targets: Tensor,
         batches: Tensor,
     ) -> None:
-        self._load(state.params[p])
-        s = self.settings
+        params = state.params[p]
+        worker.load(params)
         for rows in batches:
-            outputs = self.model(x[rows])
+            outputs = worker.model(x[rows])
             upstream = loss.output_gradients(outputs.unsqueeze(0).detach(), targets[rows])[0]
             if not bool(torch.isfinite(upstream).all()):
                 state.alive[p] = False
                 return
-            gradients = list(torch.autograd.grad(outputs, self._params, upstream))
-            with torch.no_grad():
-                if s.weight_decay:
-                    torch._foreach_add_(gradients, state.params[p], alpha=s.weight_decay)
-                if s.momentum:
-                    buffers = state.momenta[p]
-                    if buffers is None:
-                        buffers = state.momenta[p] = [g.clone() for g in gradients]
-                    else:
-                        torch._foreach_mul_(buffers, s.momentum)
-                        torch._foreach_add_(buffers, gradients)
-                    if s.nesterov:
-                        torch._foreach_add_(gradients, buffers, alpha=s.momentum)
-                    else:
-                        gradients = buffers
-                torch._foreach_add_(state.params[p], gradients, alpha=-s.learning_rate)
+            gradients = list(torch.autograd.grad(outputs, worker.params, upstream))
+            update_parameters(self.settings, params, gradients, state.optimizers[p])
 
     @torch.no_grad()
     def outputs(self, state: GeneralState, x: Tensor, chunk: int = 128) -> Tensor:
-        """Return the networks' outputs (P, N, C); NaN for candidates that are not alive."""
-        results = []
-        for p, params in enumerate(state.params):
-            self._load(params)
-            out = torch.cat([self.model(part) for part in torch.split(x, chunk)])
-            results.append(out if state.alive[p] else torch.full_like(out, torch.nan))
-        return torch.stack(results)
+        """See `evoloss.engine.path.Path`; ``x`` is taken in parts of ``chunk`` rows, which caches like better."""
+
+        @torch.no_grad()
+        def work(worker: _Worker, p: int) -> Tensor:
+            worker.load(state.params[p])
+            out = torch.cat([worker.model(part) for part in torch.split(x, chunk)])
+            return out if state.alive[p] else torch.full_like(out, torch.nan)
+
+        return torch.stack(
+            map_on_threads(lambda: _Worker(self.model), work, range(len(state.params)))
+        )
+
+    def prepare(self, model: nn.Module, inner: Batch, outer: Batch) -> GeneralContext:
+        """See `evoloss.engine.path.Path`."""
+        return GeneralContext(model, inner, outer)
 
     def meta_gradients(
-        self, model: nn.Module, loss: PopulationLoss, inner: Batch, outer: Batch
+        self, context: GeneralContext, loss: PopulationLoss
     ) -> tuple[Tensor, NDArray[np.float64]]:
         """Return outer losses (P,) and their gradients by all instruction weights (instructions,), one inner step.
 
         Exact, without second-order backpropagation through the loss: with J the Jacobian of the outputs on the inner
         batch and g the gradient of the outer loss at the stepped parameters, the gradient is
-        -rate * < J g, d2 M / (d outputs d phi) >. Outputs and J at the initial parameters of ``model`` are shared by
-        all candidates; J g is the derivative by u of < J^T u, g >.
+        -rate * < J g, d2 M / (d outputs d phi) >. Outputs and J at the initial parameters are shared by all
+        candidates; J g is the derivative by u of < J^T u, g >.
         """
+        model, inner, outer = context.model, context.inner, context.outer
         params = [p for p in model.parameters() if p.requires_grad]
         outputs = model(inner.x)
         shared = outputs.detach().unsqueeze(0)
@@ -123,15 +163,18 @@ class GeneralPath:
         initial = [p.detach() * shrink for p in params]
         values = torch.empty(loss.size, dtype=outputs.dtype)
         directions = torch.empty_like(upstream)
-        for p in range(loss.size):
+
+        def work(worker: _Worker, p: int) -> None:
             gradients = torch.autograd.grad(outputs, params, upstream[p], retain_graph=True)
-            self._load(torch._foreach_add(initial, gradients, alpha=-rate))
-            stepped = self.model(outer.x)
+            worker.load(torch._foreach_add(initial, gradients, alpha=-rate))
+            stepped = worker.model(outer.x)
             detached = stepped.detach()
             values[p] = self.task.compute_task_loss(detached, outer.y)
             outer_upstream = task_loss.output_gradients(detached.unsqueeze(0), outer.targets)[0]
-            outer_gradients = torch.autograd.grad(stepped, self._params, outer_upstream)
+            outer_gradients = torch.autograd.grad(stepped, worker.params, outer_upstream)
             (directions[p],) = torch.autograd.grad(
                 transposed, probe, outer_gradients, retain_graph=True
             )
+
+        map_on_threads(lambda: _Worker(self.model), work, range(loss.size))
         return values, -rate * loss.weight_gradients(shared, inner.targets, directions)

@@ -7,7 +7,8 @@ the stepped weights are never formed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -30,6 +31,23 @@ class LinearState:
     bias_momentum: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class LinearContext:
+    """Outputs at the initial parameters on the inner (1, B, C) and outer batch (V, C), and K (V, B)."""
+
+    inner_outputs: Tensor
+    outer_outputs: Tensor
+    gram: Tensor
+    inner_targets: Tensor
+    outer_targets: Tensor
+    outer_y: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """See `evoloss.engine.path.Context`."""
+        return sum(getattr(self, field.name).nbytes for field in fields(self))
+
+
 def find_linear_layer(model: nn.Module) -> nn.Linear | None:
     """Return the model's one `nn.Linear` if the model is that layer on flattened inputs and nothing else."""
     leaves = [m for m in model.modules() if not any(True for _ in m.children())]
@@ -47,10 +65,13 @@ class LinearPath:
     name = "linear"
 
     def __init__(self, task: Task, model: nn.Module, settings: TrainingSettings) -> None:
-        if find_linear_layer(model) is None:
-            raise ValueError("the linear path needs a single linear layer")
         self.task = task
         self.settings = settings
+
+    @classmethod
+    def find_obstacle(cls, task: Task, model: nn.Module, settings: TrainingSettings) -> str | None:
+        """See `evoloss.engine.path.Path`."""
+        return None if find_linear_layer(model) is not None else "more than one linear layer"
 
     @staticmethod
     def _layer(model: nn.Module) -> tuple[Tensor, Tensor]:
@@ -58,17 +79,28 @@ class LinearPath:
         assert layer is not None
         return layer.weight.detach(), layer.bias.detach()
 
-    def start(self, model: nn.Module, size: int) -> LinearState:
-        """Return ``size`` copies of a freshly initialised ``model``."""
-        weight, bias = self._layer(model)
+    def start(self, models: Sequence[nn.Module]) -> LinearState:
+        """See `evoloss.engine.path.Path`."""
+        layers = [self._layer(model) for model in models]
         return LinearState(
-            weight.t().unsqueeze(1).repeat(1, size, 1), bias.unsqueeze(0).repeat(size, 1)
+            torch.stack([weight.t() for weight, _ in layers], 1),
+            torch.stack([bias for _, bias in layers]),
+        )
+
+    def select(self, state: LinearState, keep: Sequence[int]) -> LinearState:
+        """See `evoloss.engine.path.Path`."""
+        chosen = torch.tensor(list(keep), dtype=torch.long, device=state.bias.device)
+        momenta = (state.weight_momentum, state.bias_momentum)
+        return LinearState(
+            state.weight[:, chosen],
+            state.bias[chosen],
+            *(None if m is None else m.index_select(m.dim() - 2, chosen) for m in momenta),
         )
 
     def advance(
         self, state: LinearState, loss: OutputLoss, x: Tensor, targets: Tensor, batches: Tensor
     ) -> None:
-        """Train every candidate in place on ``batches`` (steps, batch) of the rows of ``x`` and ``targets``."""
+        """See `evoloss.engine.path.Path`."""
         s = self.settings
         inputs = x.flatten(1)
         features, size, classes = state.weight.shape
@@ -106,26 +138,34 @@ class LinearPath:
         return state.weight_momentum, state.bias_momentum
 
     def outputs(self, state: LinearState, x: Tensor) -> Tensor:
-        """Return the networks' outputs (P, N, C)."""
+        """See `evoloss.engine.path.Path`."""
         features, size, classes = state.weight.shape
         out = torch.mm(x.flatten(1), state.weight.view(features, -1)).view(-1, size, classes)
         return (out + state.bias).transpose(0, 1).contiguous()
 
-    def meta_gradients(
-        self, model: nn.Module, loss: PopulationLoss, inner: Batch, outer: Batch
-    ) -> tuple[Tensor, NDArray[np.float64]]:
-        """Return outer losses (P,) and their gradients by all instruction weights; see `GeneralPath`."""
+    def prepare(self, model: nn.Module, inner: Batch, outer: Batch) -> LinearContext:
+        """See `evoloss.engine.path.Path`."""
         weight, bias = self._layer(model)
         x_in, x_out = inner.x.flatten(1), outer.x.flatten(1)
-        rate = self.settings.first_step_rate
-        shrink = 1.0 - rate * self.settings.weight_decay
-        shared = torch.addmm(bias, x_in, weight.t()).unsqueeze(0)
-        kernel = torch.mm(x_out, x_in.t()) + 1.0
-        upstream = loss.output_gradients(shared, inner.targets)
-        stepped = shrink * torch.addmm(bias, x_out, weight.t()) - rate * torch.matmul(
-            kernel, upstream
+        shrink = 1.0 - self.settings.first_step_rate * self.settings.weight_decay
+        return LinearContext(
+            torch.addmm(bias, x_in, weight.t()).unsqueeze(0),
+            shrink * torch.addmm(bias, x_out, weight.t()),
+            torch.mm(x_out, x_in.t()) + 1.0,
+            inner.targets,
+            outer.targets,
+            outer.y,
         )
-        outer_upstream = TaskLoss(self.task).output_gradients(stepped, outer.targets)
-        directions = torch.matmul(kernel.t(), outer_upstream)
-        values = self.task.compute_task_loss(stepped, outer.y)
-        return values, -rate * loss.weight_gradients(shared, inner.targets, directions)
+
+    def meta_gradients(
+        self, context: LinearContext, loss: PopulationLoss
+    ) -> tuple[Tensor, NDArray[np.float64]]:
+        """See `evoloss.engine.path.Path`."""
+        c = context
+        rate = self.settings.first_step_rate
+        upstream = loss.output_gradients(c.inner_outputs, c.inner_targets)
+        stepped = c.outer_outputs - rate * torch.matmul(c.gram, upstream)
+        outer_upstream = TaskLoss(self.task).output_gradients(stepped, c.outer_targets)
+        directions = torch.matmul(c.gram.t(), outer_upstream)
+        values = self.task.compute_task_loss(stepped, c.outer_y)
+        return values, -rate * loss.weight_gradients(c.inner_outputs, c.inner_targets, directions)

@@ -87,6 +87,10 @@ class PopulationLoss:
         """Replace all instruction weights, end to end, shape ``(instructions,)``."""
         self._packed.weights[:] = weights
 
+    def split_weights(self) -> list[NDArray[Any]]:
+        """Return every program's current instruction weights."""
+        return np.split(self._packed.weights, self.offsets[1:-1])
+
     @property
     def offsets(self) -> NDArray[np.int64]:
         """Program p's instructions are ``offsets[p]:offsets[p + 1]`` of the weights."""

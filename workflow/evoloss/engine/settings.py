@@ -8,15 +8,17 @@ import torch
 
 from evoloss.errors import ConfigError, describe_choices
 
+OPTIMIZERS = ("sgd", "adam")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How a base model is trained: plain SGD, as `torch.optim.SGD` defines it.
+    """How a base model is trained: SGD or Adam, as `torch.optim` defines them.
 
-    ``learning_rate`` > 0, ``momentum`` in [0, 1), ``weight_decay`` >= 0 (added to the gradient), ``nesterov`` needs
-    momentum, ``batch_size`` in samples (the whole training set if that is smaller), ``precision`` float32 or float64.
+    ``optimizer`` sgd or adam (which takes no momentum), ``learning_rate`` > 0, ``momentum`` in [0, 1), ``weight_decay``
+    >= 0 (added to the gradient), ``nesterov`` needs momentum, ``batch_size`` in samples (the whole training set if that
+    is smaller), ``precision`` float32 or float64.
     """
 
     batch_size: int
@@ -25,10 +27,17 @@ class TrainingSettings:
     nesterov: bool = False
     weight_decay: float = 0.0
     precision: str = "float32"
+    optimizer: str = "sgd"
 
     def __post_init__(self) -> None:
         if self.precision not in DTYPES:
             raise ConfigError(f"training.precision is {describe_choices(self.precision, DTYPES)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ConfigError(
+                f"training.optimizer is {describe_choices(self.optimizer, OPTIMIZERS)}"
+            )
+        if self.optimizer == "adam" and self.momentum:
+            raise ConfigError("training.momentum needs training.optimizer: sgd")
         if self.nesterov and not self.momentum > 0:
             raise ConfigError("training.nesterov needs training.momentum > 0")
 

@@ -7,6 +7,7 @@ weight decay as in `torch.optim.SGD`). One step has a cheaper exact form (`meta_
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from evoloss.engine.population_loss import PopulationLoss
 from evoloss.engine.settings import TrainingSettings
 from evoloss.engine.streams import Batch
 from evoloss.expressions import Program, evaluate_program
@@ -66,20 +68,39 @@ def unroll(
     return params
 
 
-def unrolled_meta_gradient(
-    task: Task,
-    model: nn.Module,
-    program: Program,
-    settings: TrainingSettings,
-    inner: Sequence[Batch],
-    outer: Batch,
-) -> tuple[float, NDArray[np.float64]]:
-    """Return the outer loss after ``len(inner)`` steps and its gradient by all weights, shape ``(instructions,)``."""
-    device = outer.x.device
-    weights = torch.tensor(program.weights, dtype=settings.dtype, device=device, requires_grad=True)
+@dataclass(frozen=True)
+class UnrolledContext:
+    """A meta-step: train ``model`` on the batches ``inner``, measure on ``outer``."""
+
+    model: nn.Module
+    inner: tuple[Batch, ...]
+    outer: Batch
+
+    @property
+    def nbytes(self) -> int:
+        """See `evoloss.engine.path.Context`."""
+        return sum(p.nbytes for p in self.model.parameters()) + sum(
+            part.nbytes for batch in (*self.inner, self.outer) for part in batch
+        )
+
+
+def unrolled_meta_gradients(
+    task: Task, settings: TrainingSettings, context: UnrolledContext, loss: PopulationLoss
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return outer losses (P,) after the inner steps and their gradients by all weights (instructions,)."""
+    model, outer = context.model, context.outer
+    values, gradients = [], []
     # cuDNN's recurrent layers have no second derivative, should a model of the user's own have one
     with torch.backends.cudnn.flags(enabled=False):
-        params = unroll(task, model, program, weights, settings, inner)
-        value = task.compute_task_loss(functional_call(model, params, (outer.x,)), outer.y)
-        (gradient,) = torch.autograd.grad(value, weights, allow_unused=True, materialize_grads=True)
-    return value.item(), gradient.double().cpu().numpy()
+        for program, own in zip(loss.programs, loss.split_weights(), strict=True):
+            weights = torch.tensor(
+                own, dtype=settings.dtype, device=outer.x.device, requires_grad=True
+            )
+            params = unroll(task, model, program, weights, settings, context.inner)
+            value = task.compute_task_loss(functional_call(model, params, (outer.x,)), outer.y)
+            (gradient,) = torch.autograd.grad(
+                value, weights, allow_unused=True, materialize_grads=True
+            )
+            values.append(value.item())
+            gradients.append(gradient.double().cpu().numpy())
+    return np.array(values), np.concatenate(gradients)
