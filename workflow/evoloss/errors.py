@@ -10,6 +10,10 @@ class EvolossError(Exception):
     """Base class of every error that evoloss raises on purpose."""
 
 
+class CheckpointError(EvolossError):
+    """A checkpoint is damaged, of another version, or of another job."""
+
+
 class ConfigError(EvolossError):
     """A configuration key or value is refused."""
 
