@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,14 +62,22 @@ class Engine:
         Inner training.
     device
         Where everything runs.
+    model_options
+        See `evoloss.tasks.models.build_model`.
     """
 
     def __init__(
-        self, task: Task, model_name: str, settings: TrainingSettings, device: torch.device
+        self,
+        task: Task,
+        model_name: str,
+        settings: TrainingSettings,
+        device: torch.device,
+        **model_options: Any,
     ) -> None:
         self.settings = settings
         self.device = device
         self.model_name = model_name
+        self.model_options = model_options
         self.task = task.to(device, settings.dtype)
         model = self.build_model(0)
         self.path = choose_path(self.task, model, settings)
@@ -85,7 +94,8 @@ class Engine:
 
     def build_model(self, *stream: int | str) -> nn.Module:
         """Return a freshly initialised base model; the same stream gives the same parameters."""
-        model = build_model(self.model_name, self.task, derive_seed(*stream, "initial parameters"))
+        seed = derive_seed(*stream, "initial parameters")
+        model = build_model(self.model_name, self.task, seed, **self.model_options)
         return model.to(self.device, self.settings.dtype)
 
     def population_loss(self, programs: Sequence[Program]) -> PopulationLoss:

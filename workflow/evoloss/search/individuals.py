@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,7 @@ class VariationSettings:
 
     ``elitism_rate`` is the share of a generation that is the best of the last one, unchanged (at least one individual
     unless it is 0). The others come from crossover and mutation with these probabilities, else from reproduction.
+    ``operators`` are the names of the search space's operators, at least one of `ARITHMETIC` among them.
     """
 
     tournament_size: int
@@ -48,13 +50,14 @@ class VariationSettings:
     init_min_height: int
     init_max_height: int
     max_height: int
+    operators: tuple[str, ...] = tuple(OPERATORS)
 
 
-def build_primitive_set() -> gp.PrimitiveSet:
-    """Return the primitives of the paper: the operator table, ``y``, ``f(x)``, +1 and -1."""
+def build_primitive_set(operators: Sequence[str] = tuple(OPERATORS)) -> gp.PrimitiveSet:
+    """Return ``y``, ``f(x)``, +1, -1 and the named operators; the default is the paper's search space."""
     primitives = gp.PrimitiveSet("loss", 2)
     primitives.renameArguments(ARG0=LABEL, ARG1=PREDICTION)
-    for op in OPERATORS.values():
+    for op in (OPERATORS[name] for name in operators):
         primitives.addPrimitive(op.evaluate, op.arity, op.name)
     # without a name: a named terminal's value would be its name, not the number
     primitives.addTerminal(1.0)
@@ -102,9 +105,10 @@ def repair(tree: Individual, primitives: gp.PrimitiveSet, max_height: int) -> In
                 places.append(index)
     place = random.choice(places or parents)
     pair = [y, f] if random.random() < 0.5 else [f, y]
+    arithmetic = [name for name in ARITHMETIC if name in primitives.mapping]
     # plain list slicing: PrimitiveTree's own checks every replacement's arity
     content = list(tree)
-    content[tree.searchSubtree(place)] = [primitives.mapping[random.choice(ARITHMETIC)], *pair]
+    content[tree.searchSubtree(place)] = [primitives.mapping[random.choice(arithmetic)], *pair]
     return Individual(content)
 
 
@@ -113,7 +117,7 @@ class Variation:
 
     def __init__(self, settings: VariationSettings) -> None:
         self.settings = settings
-        self.primitives = build_primitive_set()
+        self.primitives = build_primitive_set(settings.operators)
         limit = gp.staticLimit(operator.attrgetter("height"), settings.max_height)
         self._crossover = limit(gp.cxOnePoint)
         self._mutate = limit(gp.mutUniform)

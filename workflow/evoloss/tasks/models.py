@@ -18,6 +18,9 @@ from evoloss.errors import ModelError, describe_choices
 from evoloss.tasks.preparation import PADDING_ID
 from evoloss.tasks.task import Task
 
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
+"""Hidden activations of `make_mlp`."""
+
 SATURATION = 1e4
 """Input at which a sigmoid is exactly 1 and its gradient exactly 0, in every float type."""
 
@@ -28,13 +31,17 @@ def make_linear(task: Task) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(task.input_shape), task.num_outputs))
 
 
-def make_mlp(task: Task, widths: Sequence[int] = (1000, 1000)) -> nn.Module:
-    """Fully connected ReLU network, two hidden layers of 1000 by default (Raymond et al. 2023)."""
+def make_mlp(
+    task: Task, widths: Sequence[int] = (1000, 1000), activation: str = "relu"
+) -> nn.Module:
+    """Fully connected network, by default ReLU and two hidden layers of 1000 (Raymond et al. 2023)."""
     _require_numbers("mlp", task)
+    if activation not in ACTIVATIONS:
+        raise ModelError(f"mlp: activation is {describe_choices(activation, ACTIVATIONS)}")
     layers: list[nn.Module] = [nn.Flatten()]
     num_inputs = math.prod(task.input_shape)
     for width in widths:
-        layers += [nn.Linear(num_inputs, width), nn.ReLU()]
+        layers += [nn.Linear(num_inputs, width), ACTIVATIONS[activation]()]
         num_inputs = width
     return nn.Sequential(*layers, nn.Linear(num_inputs, task.num_outputs))
 
@@ -158,7 +165,7 @@ def build_model(model_name: str, task: Task, seed: int, **options: Any) -> nn.Mo
     seed : int
         Seed of the initial weights, at most 63 bits.
     **options
-        Sizes of the model: ``widths`` (mlp), ``embedding_size`` and ``num_filters`` or
+        Form of the model: ``widths`` and ``activation`` (mlp), ``embedding_size`` and ``num_filters`` or
         ``num_hidden`` (text models).
 
     Raises
