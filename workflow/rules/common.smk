@@ -54,6 +54,15 @@ wildcard_constraints:
     train_seed=r"\d+",
 
 
+def grow(amount):
+    """Return a resources function: the amount, and as much again for every retry (the cluster profile retries)."""
+
+    def get_amount(wildcards, attempt):
+        return amount * attempt
+
+    return get_amount
+
+
 def section(name):
     """Return a params function: one section of the configuration, the task's own values merged, keys sorted."""
 

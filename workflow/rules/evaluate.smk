@@ -17,8 +17,8 @@ rule train_model:
         "../../envs/environment.yaml"
     threads: 1
     resources:
-        mem_mb=2000,
-        runtime=480,
+        mem_mb=grow(2000),
+        runtime=grow(480),
         gpu=GPU,
     params:
         device=config["device"],

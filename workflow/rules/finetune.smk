@@ -18,8 +18,8 @@ rule finetune_loss:
         "../../envs/environment.yaml"
     threads: 1
     resources:
-        mem_mb=2000,
-        runtime=480,
+        mem_mb=grow(2000),
+        runtime=grow(480),
         gpu=GPU,
     params:
         device=config["device"],

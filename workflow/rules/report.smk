@@ -67,6 +67,7 @@ rule aggregate_results:
         "results/logs/aggregate_results.log",
     benchmark:
         "results/benchmarks/aggregate_results.tsv"
+    localrule: True
     conda:
         "../../envs/environment.yaml"
     threads: 1
@@ -104,6 +105,7 @@ rule plot_test_error:
         "results/logs/plot_test_error.log",
     benchmark:
         "results/benchmarks/plot_test_error.tsv"
+    localrule: True
     conda:
         "../../envs/environment.yaml"
     threads: 1
@@ -133,6 +135,7 @@ rule plot_learning_curves:
         "results/logs/plot_learning_curves.log",
     benchmark:
         "results/benchmarks/plot_learning_curves.tsv"
+    localrule: True
     conda:
         "../../envs/environment.yaml"
     threads: 1
@@ -162,6 +165,7 @@ rule plot_search_progress:
         "results/logs/plot_search_progress.log",
     benchmark:
         "results/benchmarks/plot_search_progress.tsv"
+    localrule: True
     conda:
         "../../envs/environment.yaml"
     threads: 1
@@ -191,6 +195,7 @@ rule plot_filters:
         "results/logs/plot_filters.log",
     benchmark:
         "results/benchmarks/plot_filters.tsv"
+    localrule: True
     conda:
         "../../envs/environment.yaml"
     threads: 1
@@ -220,6 +225,7 @@ rule plot_losses:
         "results/logs/plot_losses.log",
     benchmark:
         "results/benchmarks/plot_losses.tsv"
+    localrule: True
     conda:
         "../../envs/environment.yaml"
     threads: 1
@@ -253,6 +259,7 @@ rule plot_formulas:
         "results/logs/plot_formulas.log",
     benchmark:
         "results/benchmarks/plot_formulas.tsv"
+    localrule: True
     conda:
         "../../envs/environment.yaml"
     threads: 1

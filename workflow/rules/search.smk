@@ -17,8 +17,8 @@ rule search_loss:
         "../../envs/environment.yaml"
     threads: 1
     resources:
-        mem_mb=2000,
-        runtime=1440,
+        mem_mb=grow(2000),
+        runtime=grow(1440),
         gpu=GPU,
     params:
         device=config["device"],

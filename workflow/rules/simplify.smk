@@ -15,8 +15,8 @@ rule simplify_loss:
         "../../envs/environment.yaml"
     threads: 1
     resources:
-        mem_mb=1500,
-        runtime=60,
+        mem_mb=grow(1500),
+        runtime=grow(60),
     params:
         simplify=settings.sort_keys(config["simplify"]),
         task=get_task,
