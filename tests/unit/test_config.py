@@ -78,6 +78,13 @@ def set_value(config: dict[str, Any], path: str, value: Any) -> None:
         ("search/init_min_height", 5, "init_min_height <= init_max_height <= max_height"),
         ("search/tournament_size", 99, "tournament_size 99 must be at most population_size"),
         ("training/nesterov", True, "training.nesterov: true needs training.momentum"),
+        ("training/optimizer", "adamw", "training.optimizer has unknown value 'adamw' (did you"),
+        (
+            "tasks/mnist5k/training/optimizer",
+            "adam",
+            "for tasks.mnist5k, methods: evomal needs training.optimizer: sgd",
+        ),
+        ("tasks/diabetes/training/optimizer", "adam", "adam needs training.momentum: 0.0, but is"),
         ("train/num_evaluations", 10**6, "must be at most train.steps"),
         ("tune_learning_rate/minimum", 99.0, "must be less than maximum"),
     ],
@@ -120,6 +127,12 @@ def test_a_task_overrides_single_keys(config: dict[str, Any]) -> None:
     config["tasks"]["mnist5k"]["search"] = {"learning_rate": "base"}
     assert settings.uses_tuned_rate(config, "mnist5k_noisy")
     assert not settings.uses_tuned_rate(config, "mnist5k")
+
+
+def test_adam_is_accepted_without_evomal(config: dict[str, Any]) -> None:
+    config["methods"] = ["baseline", "gp_lfl"]
+    config["tasks"]["mnist5k"]["training"]["optimizer"] = "adam"
+    settings.validate_config(config, SCHEMA)
 
 
 def test_order_of_keys_changes_no_parameter(config: dict[str, Any]) -> None:

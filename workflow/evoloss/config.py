@@ -208,7 +208,13 @@ def _check_task(config: Config, name: str) -> None:
         raise ConfigError(
             f"{where}.label_noise needs a classification dataset, but {task['dataset']!r} is {kind}"
         )
-    _check_settings({key: merge_section(config, name, key) for key in TASK_SECTIONS}, where)
+    settings = {key: merge_section(config, name, key) for key in TASK_SECTIONS}
+    _check_settings(settings, where)
+    if "evomal" in config["methods"] and settings["training"]["optimizer"] == "adam":
+        raise ConfigError(
+            f"for {where}, methods: evomal needs training.optimizer: sgd, because its local search "
+            "differentiates through SGD steps; choose sgd or take evomal out of methods"
+        )
 
 
 def _check_settings(settings: Mapping[str, Mapping[str, Any]], where: str) -> None:
@@ -231,6 +237,11 @@ def _check_settings(settings: Mapping[str, Mapping[str, Any]], where: str) -> No
         raise ConfigError(
             f"{prefix} search.tournament_size {search['tournament_size']} must be at most "
             f"population_size {search['population_size']}"
+        )
+    if training["optimizer"] == "adam" and training["momentum"] > 0:
+        raise ConfigError(
+            f"{prefix} training.optimizer: adam needs training.momentum: 0.0, "
+            f"but is {training['momentum']}"
         )
     if training["nesterov"] and training["momentum"] == 0:
         raise ConfigError(

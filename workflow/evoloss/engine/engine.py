@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from evoloss.engine.general import GeneralPath
 from evoloss.engine.linear import LinearPath
 from evoloss.engine.local_search import LocalSearchSettings, MetaSteps, run_local_search
+from evoloss.engine.memory import Chunk, Chunks
 from evoloss.engine.path import Context, Path
 from evoloss.engine.population_loss import OutputLoss, PopulationLoss
 from evoloss.engine.settings import TrainingSettings
 from evoloss.engine.streams import Batch
 from evoloss.engine.training_run import Evaluation, TrainingRun
 from evoloss.engine.unrolled import UnrolledContext, unrolled_meta_gradients
+from evoloss.errors import ConfigError
 from evoloss.expressions import Program
 from evoloss.seeding import derive_seed
 from evoloss.tasks import Split, Task, build_model
@@ -82,6 +84,11 @@ class Engine:
         model = self.build_model(0)
         self.path = choose_path(self.task, model, settings)
         self._meta_steps: MetaSteps | None = None
+        what = f"model {model_name!r} of task {task.name!r}"
+        self.training_chunks = Chunks(f"train {what}", settings.batch_size)
+        self._meta_chunks = Chunks(
+            f"differentiate through the training of {what}", settings.batch_size
+        )
         self.encoded_targets = {
             name: self.task.encode_targets(split.y, settings.dtype)
             for name, split in self.splits.items()
@@ -132,13 +139,22 @@ class Engine:
                     yield run.evaluate(name, CURVE_ROWS if name == "train" else None)
 
     def compute_fitness(
-        self, programs: Sequence[Program], num_steps: int, *stream: int | str
+        self,
+        programs: Sequence[Program],
+        num_steps: int,
+        *stream: int | str,
+        num_networks: int = 1,
     ) -> NDArray[np.float64]:
-        """Return the validation metric (P,) after ``num_steps`` of training; NaN where training diverged."""
+        """Return the validation metric (P,) after ``num_steps`` of training, the mean over ``num_networks`` networks.
+
+        The networks of a loss differ in their initial parameters (see `TrainingRun`); NaN where one of them diverged.
+        """
         if not programs:
             return np.empty(0)
-        (evaluation,) = self.train(self.population_loss(programs), num_steps, *stream)
-        return evaluation.metric
+        loss = self.population_loss(programs)
+        run = TrainingRun(self, loss, num_steps, *stream, num_networks=num_networks)
+        run.advance(num_steps)
+        return run.evaluate("validation").metric
 
     def prepare(self, model: nn.Module, inner: Sequence[Batch], outer: Batch) -> Context:
         """Return all of a meta-step from ``model`` over ``inner`` to ``outer`` that the losses do not change."""
@@ -151,10 +167,17 @@ class Engine:
         self, context: Context, loss: PopulationLoss
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return outer losses (P,) and their gradients by all instruction weights (instructions,)."""
-        if isinstance(context, UnrolledContext):
-            return unrolled_meta_gradients(self.task, self.settings, context, loss)
-        values, gradient = self.path.meta_gradients(context, loss)
-        return values.double().cpu().numpy(), gradient
+
+        def work(chunk: Chunk) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+            part = loss if len(chunk) == loss.size else loss.select(chunk)
+            if isinstance(context, UnrolledContext):
+                return unrolled_meta_gradients(self.task, self.settings, context, part)
+            values, gradient = self.path.meta_gradients(context, part)
+            return values.double().cpu().numpy(), gradient
+
+        parts = self._meta_chunks.run(self._meta_chunks.split(range(loss.size)), work)
+        values, gradients = zip(*(result for _, result in parts), strict=True)
+        return np.concatenate(values), np.concatenate(gradients)
 
     def local_search(
         self,
@@ -167,7 +190,17 @@ class Engine:
 
         ``on_step`` is called after every meta-step with its number (from 1), the outer losses before it (P,), and the
         programs.
+
+        Raises
+        ------
+        ConfigError
+            If the base models are trained by Adam: the meta-gradients are those of SGD steps.
         """
+        if self.settings.optimizer != "sgd":
+            raise ConfigError(
+                f"training.optimizer: {self.settings.optimizer} has no local search (methods: evomal), "
+                "which differentiates through SGD steps; choose sgd"
+            )
         if not programs or settings.meta_steps == 0:
             return list(programs)
         if self._meta_steps is None or not self._meta_steps.belong_to(settings, stream):

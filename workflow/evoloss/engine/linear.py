@@ -8,13 +8,14 @@ the stepped weights are never formed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from evoloss.engine.optimizer import OptimizerState, update_parameters
 from evoloss.engine.population_loss import OutputLoss, PopulationLoss, TaskLoss
 from evoloss.engine.settings import TrainingSettings
 from evoloss.engine.streams import Batch
@@ -23,12 +24,11 @@ from evoloss.tasks import Task
 
 @dataclass
 class LinearState:
-    """Weights (D, P, C), biases (P, C) and their momentum buffers."""
+    """Weights (D, P, C), biases (P, C) and what their optimiser remembers."""
 
     weight: Tensor
     bias: Tensor
-    weight_momentum: Tensor | None = None
-    bias_momentum: Tensor | None = None
+    optimizer: OptimizerState = field(default_factory=OptimizerState)
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class LinearContext:
     @property
     def nbytes(self) -> int:
         """See `evoloss.engine.path.Context`."""
-        return sum(getattr(self, field.name).nbytes for field in fields(self))
+        return sum(getattr(self, entry.name).nbytes for entry in fields(self))
 
 
 def find_linear_layer(model: nn.Module) -> nn.Linear | None:
@@ -90,18 +90,16 @@ class LinearPath:
     def select(self, state: LinearState, keep: Sequence[int]) -> LinearState:
         """See `evoloss.engine.path.Path`."""
         chosen = torch.tensor(list(keep), dtype=torch.long, device=state.bias.device)
-        momenta = (state.weight_momentum, state.bias_momentum)
         return LinearState(
             state.weight[:, chosen],
             state.bias[chosen],
-            *(None if m is None else m.index_select(m.dim() - 2, chosen) for m in momenta),
+            state.optimizer.apply(lambda t: t.index_select(t.dim() - 2, chosen)),
         )
 
     def advance(
         self, state: LinearState, loss: OutputLoss, x: Tensor, targets: Tensor, batches: Tensor
     ) -> None:
         """See `evoloss.engine.path.Path`."""
-        s = self.settings
         inputs = x.flatten(1)
         features, size, classes = state.weight.shape
         for rows in batches:
@@ -113,29 +111,12 @@ class LinearPath:
             bias_step = upstream.sum(1)
             flat = upstream.transpose(0, 1).reshape(len(rows), -1)
             weight_step = torch.mm(batch.t(), flat).view_as(state.weight)
-            if s.weight_decay:
-                weight_step.add_(state.weight, alpha=s.weight_decay)
-                bias_step = bias_step.add(state.bias, alpha=s.weight_decay)
-            if s.momentum:
-                weight_step, bias_step = self._add_momentum(state, weight_step, bias_step)
-            state.weight.add_(weight_step, alpha=-s.learning_rate)
-            state.bias.add_(bias_step, alpha=-s.learning_rate)
-
-    def _add_momentum(
-        self, state: LinearState, weight_step: Tensor, bias_step: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        mu = self.settings.momentum
-        if state.weight_momentum is None or state.bias_momentum is None:
-            state.weight_momentum, state.bias_momentum = weight_step.clone(), bias_step.clone()
-        else:
-            state.weight_momentum.mul_(mu).add_(weight_step)
-            state.bias_momentum.mul_(mu).add_(bias_step)
-        if self.settings.nesterov:
-            return (
-                weight_step + mu * state.weight_momentum,
-                bias_step + mu * state.bias_momentum,
+            update_parameters(
+                self.settings,
+                [state.weight, state.bias],
+                [weight_step, bias_step],
+                state.optimizer,
             )
-        return state.weight_momentum, state.bias_momentum
 
     def outputs(self, state: LinearState, x: Tensor) -> Tensor:
         """See `evoloss.engine.path.Path`."""

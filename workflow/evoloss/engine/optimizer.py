@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +20,14 @@ class OptimizerState:
     first: list[Tensor | None] = field(default_factory=list)
     second: list[Tensor] = field(default_factory=list)
     steps: list[Tensor] = field(default_factory=list)
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> OptimizerState:
+        """Return the state with ``function`` applied to every momentum and moment, e.g. to keep some networks."""
+        return OptimizerState(
+            [None if tensor is None else function(tensor) for tensor in self.first],
+            [function(tensor) for tensor in self.second],
+            list(self.steps),
+        )
 
 
 @torch.no_grad()
