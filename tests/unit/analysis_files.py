@@ -96,8 +96,17 @@ def _card(root: Path, name: str, kind: str) -> str:
             "sizes": {"train": 265, "validation": 88, "test": 89},
             "input_shape": [10],
             "num_outputs": 2 if classes else 1,
-            "class_counts": {"train": classes} if classes else None,
-            "checksum": "c0ffee",
+            "class_names": list(classes or {}),
+            "class_counts": dict.fromkeys(("train", "validation", "test"), classes)
+            if classes
+            else None,
+            "target_mean": None,
+            "target_scale": None,
+            "vocabulary_size": None,
+            "data_seed": 0,
+            "split": [0.6, 0.2, 0.2],
+            "checksum": "c0ffee00" * 8,
+            "version": "0.1.0",
         },
     )
     return str(path)

@@ -83,10 +83,14 @@ def _describe_value(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if not isinstance(value, str):
-        return repr(value)
+        return _shorten(repr(value))
     if _NUMBER_WITHOUT_DOT.fullmatch(value.strip()):
         mantissa, exponent = value.strip().lower().split("e")
         return (
             f"the text {value!r}; YAML needs a dot to see a number: write {mantissa}.0e{exponent}"
         )
-    return f"the text {value!r}"
+    return f"the text {_shorten(repr(value))}"
+
+
+def _shorten(text: str, limit: int = 80) -> str:
+    return text if len(text) <= limit else f"{text[:limit]}..."

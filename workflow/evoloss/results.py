@@ -56,7 +56,7 @@ def read_json(path: str | Path) -> Any:
     """Read a JSON file; raises `DataError` naming the file if it is missing or damaged."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 from evoloss.errors import DataError
+from evoloss.dataset_card import read_dataset_card
 from evoloss.results import read_json, read_parquet
 
 RUN_KEYS = ["task", "model", "method", "search_seed", "train_seed"]
@@ -214,14 +215,13 @@ def load_datasets(paths: Paths) -> pd.DataFrame:
     """Read the dataset cards: one row per dataset."""
     rows = []
     for path in sorted(map(str, paths)):
-        card = read_json(path)
-        counts = (card.get("class_counts") or {}).get("train") or {}
-        shape = card.get("input_shape")
+        card = read_dataset_card(path)
+        counts = (card["class_counts"] or {}).get("train")
         rows.append(
             {
                 **card,
-                **(card.get("sizes") or {}),
-                "input_shape": " x ".join(map(str, shape)) if isinstance(shape, list) else shape,
+                **card["sizes"],
+                "input_shape": " x ".join(map(str, card["input_shape"])),
                 "smallest_class": min(counts.values()) if counts else None,
             }
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,9 @@ Arrays = dict[str, NDArray[Any]]
 
 DEFAULT_SPLIT = (0.6, 0.2, 0.2)
 KINDS = ("classification", "regression")
+UNPACKED_BYTES = 2**30
+UNPACKED_RATIO = 200
+"""A file that unpacks to more than `UNPACKED_BYTES` and so many times its own size is refused as a trap."""
 
 
 def _without_options(load: Callable[[str], Source]) -> Callable[[str, Mapping[str, Any]], Source]:
@@ -181,9 +185,11 @@ def read_dataset(npz_path: str | Path) -> Arrays:
     if not path.is_file():
         raise DataError(f"dataset file {path} does not exist; prepare the dataset first")
     try:
+        _check_sizes(path)
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except (
+        MemoryError,
         OSError,
         ValueError,
         EOFError,
@@ -201,6 +207,25 @@ def read_dataset(npz_path: str | Path) -> Arrays:
     if problem:
         raise DataError(f"dataset file {path} is damaged or not a dataset: {problem}")
     return arrays
+
+
+def _check_sizes(path: Path) -> None:
+    """Refuse an archive that would unpack to far more than it is; raises `ValueError`, or what zipfile raises."""
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            with archive.open(member) as stream:
+                version = np.lib.format.read_magic(stream)
+                read = (
+                    np.lib.format.read_array_header_1_0
+                    if version == (1, 0)
+                    else np.lib.format.read_array_header_2_0
+                )
+                shape, _, dtype = read(stream)
+            if math.prod(shape) * dtype.itemsize > member.file_size:
+                raise ValueError(f"{member.filename} is shorter than its shape {shape}")
+        total = sum(member.file_size for member in archive.infolist())
+    if total > max(UNPACKED_BYTES, UNPACKED_RATIO * path.stat().st_size):
+        raise ValueError(f"it would unpack to {total} bytes")
 
 
 def _find_problem(arrays: Arrays) -> str | None:
