@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from evoloss.engine.dense import DensePath
 from evoloss.engine.general import GeneralPath
 from evoloss.engine.linear import LinearPath
 from evoloss.engine.local_search import LocalSearchSettings, MetaSteps, run_local_search
@@ -32,7 +33,7 @@ from evoloss.tasks import Split, Task, build_model
 
 logger = logging.getLogger(__name__)
 
-FAST_PATHS: tuple[type[Path], ...] = (LinearPath,)
+FAST_PATHS: tuple[type[Path], ...] = (LinearPath, DensePath)
 """In order of preference; the general path handles what none of them does."""
 
 CURVE_ROWS = 500

@@ -1,0 +1,201 @@
+"""The fast path of dense networks (multi-layer perceptrons), large and small, by hand-written backpropagation.
+
+A network whose state fills the cache trains alone, by oneDNN's matrix products; smaller ones train in stacks, weights
+(k, out, in), in batched products. Either way one stack's state stays in the cache for all steps, and stacks are spread
+over the threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from evoloss.engine.dense_layers import activate, activate_backward, affine, read_layers
+from evoloss.engine.dense_meta import DenseContext, dense_meta_gradients, prepare_dense
+from evoloss.engine.optimizer import OptimizerState, update_parameters
+from evoloss.engine.population_loss import OutputLoss, PopulationLoss
+from evoloss.engine.products import stacked_product
+from evoloss.engine.settings import TrainingSettings
+from evoloss.engine.streams import Batch
+from evoloss.engine.threads import map_on_threads
+from evoloss.tasks import Task
+
+STACK_BYTES = {"cpu": 2**20, "cuda": 2**28}
+"""A stack's parameters, gradients, moments and activations take about as much, or it is one network."""
+
+
+@dataclass
+class Stack:
+    """k networks: parameters, each (k, ...), and their optimiser."""
+
+    params: list[Tensor]
+    optimizer: OptimizerState
+
+    def __len__(self) -> int:
+        return len(self.params[0])
+
+    def split(self) -> Iterator[Stack]:
+        """Return the networks as stacks of one."""
+        for i in range(len(self)):
+            row = slice(i, i + 1)
+            optimizer = self.optimizer.apply(lambda tensor, row=row: tensor[row])  # type: ignore[misc]
+            yield Stack([p[row] for p in self.params], optimizer)
+
+
+def join_stacks(stacks: Sequence[Stack]) -> Stack:
+    """Return one stack of all networks, which have taken the same number of steps; a single one is not copied."""
+    if len(stacks) == 1:
+        return stacks[0]
+    optimizers = [stack.optimizer for stack in stacks]
+    return Stack(
+        [torch.cat(parts) for parts in zip(*(s.params for s in stacks), strict=True)],
+        OptimizerState(
+            [_join_optional(parts) for parts in zip(*(o.first for o in optimizers), strict=True)],
+            [torch.cat(parts) for parts in zip(*(o.second for o in optimizers), strict=True)],
+            [step.clone() for step in optimizers[0].steps],
+        ),
+    )
+
+
+def _join_optional(parts: Sequence[Tensor | None]) -> Tensor | None:
+    tensors = [part for part in parts if part is not None]
+    return torch.cat(tensors) if tensors else None
+
+
+class DensePath:
+    """Trains P dense networks; results equal those of the general path up to rounding."""
+
+    name = "dense"
+
+    def __init__(self, task: Task, model: nn.Module, settings: TrainingSettings) -> None:
+        self.task = task
+        self.settings = settings
+        layers = read_layers(model)
+        assert not isinstance(layers, str)
+        self.activations = [layer.activation for layer in layers]
+        self.has_bias = [layer.linear.bias is not None for layer in layers]
+        state = (2 + (settings.momentum > 0) + 2 * (settings.optimizer == "adam")) * sum(
+            p.numel() for layer in layers for p in layer.params
+        )
+        activations = 2 * settings.batch_size * sum(layer.linear.out_features for layer in layers)
+        size = (state + activations) * torch.finfo(settings.dtype).bits // 8
+        device = layers[0].linear.weight.device.type
+        self.stack_size = max(1, STACK_BYTES[device] // size)
+
+    @classmethod
+    def find_obstacle(cls, task: Task, model: nn.Module, settings: TrainingSettings) -> str | None:
+        """See `evoloss.engine.path.Path`."""
+        layers = read_layers(model)
+        if isinstance(layers, str):
+            return layers
+        device = layers[0].linear.weight.device.type
+        if device not in STACK_BYTES:
+            return f"a device {device}"
+        inputs = layers[0].linear.in_features
+        if task.vocabulary_size is not None or int(np.prod(task.input_shape)) != inputs:
+            return f"inputs that are not {inputs} numbers a row"
+        return None
+
+    def start(self, models: Sequence[nn.Module]) -> list[Stack]:
+        """See `evoloss.engine.path.Path`."""
+        networks = []
+        for model in models:
+            layers = read_layers(model)
+            assert not isinstance(layers, str)
+            params = [p.unsqueeze(0) for layer in layers for p in layer.params]
+            networks.append(Stack(params, OptimizerState()))
+        # a network alone in its stack must not share the model's own memory
+        return [
+            Stack([p.clone() for p in stack.params], stack.optimizer) if len(stack) == 1 else stack
+            for stack in self._stack(networks)
+        ]
+
+    def _stack(self, networks: Sequence[Stack]) -> list[Stack]:
+        return [
+            join_stacks(networks[i : i + self.stack_size])
+            for i in range(0, len(networks), self.stack_size)
+        ]
+
+    def select(self, state: list[Stack], keep: Sequence[int]) -> list[Stack]:
+        """See `evoloss.engine.path.Path`."""
+        networks = [network for stack in state for network in stack.split()]
+        return self._stack([networks[p] for p in keep])
+
+    @torch.no_grad()
+    def advance(
+        self, state: list[Stack], loss: OutputLoss, x: Tensor, targets: Tensor, batches: Tensor
+    ) -> None:
+        """See `evoloss.engine.path.Path`."""
+        inputs = x.flatten(1)
+        stops = np.cumsum([len(stack) for stack in state]).tolist()
+
+        def work(_: None, i: int) -> None:
+            numbers = range(stops[i] - len(state[i]), stops[i])
+            self._advance_stack(state[i], loss.select(numbers), inputs, targets, batches)
+
+        map_on_threads(lambda: None, work, range(len(state)))
+
+    def _advance_stack(
+        self, stack: Stack, loss: OutputLoss, inputs: Tensor, targets: Tensor, batches: Tensor
+    ) -> None:
+        for rows in batches:
+            values = self._forward(stack.params, inputs[rows])
+            upstream = loss.output_gradients(values[-1], targets[rows])
+            gradients = self._backward(stack.params, values, upstream)
+            update_parameters(self.settings, stack.params, gradients, stack.optimizer)
+            # a gradient that is not finite has made parameters of its network so: it has diverged for good
+            if not torch.isfinite(upstream.sum((1, 2))).any():
+                return
+
+    def _forward(self, params: list[Tensor], x: Tensor) -> list[Tensor]:
+        """Return ``x`` (1, B, in) and every layer's values (k, B, out)."""
+        values = [x.unsqueeze(0)]
+        left = iter(params)
+        for activation, has_bias in zip(self.activations, self.has_bias, strict=True):
+            weight, bias = next(left), next(left) if has_bias else None
+            values.append(activate(activation, affine(values[-1], weight, bias)))
+        return values
+
+    def _backward(
+        self, params: list[Tensor], values: list[Tensor], upstream: Tensor
+    ) -> list[Tensor]:
+        """Return the gradients by all parameters; ``upstream`` (k, B, out) by the last values."""
+        gradients: list[Tensor] = []
+        left = list(params)
+        for i in reversed(range(len(self.activations))):
+            upstream = activate_backward(self.activations[i], upstream, values[i + 1])
+            if self.has_bias[i]:
+                left.pop()
+                gradients.append(upstream.sum(1))
+            weight = left.pop()
+            gradients.append(stacked_product(upstream.mT, values[i]))
+            if i:
+                upstream = stacked_product(upstream, weight)
+        return gradients[::-1]
+
+    @torch.no_grad()
+    def outputs(self, state: list[Stack], x: Tensor) -> Tensor:
+        """See `evoloss.engine.path.Path`."""
+
+        def work(_: None, stack: Stack) -> Tensor:
+            # a saturated unit hides a weight that is not finite
+            finite = torch.stack([p.flatten(1).sum(1).isfinite() for p in stack.params]).all(0)
+            out = self._forward(stack.params, x.flatten(1))[-1]
+            return torch.where(finite[:, None, None], out, torch.nan)
+
+        return torch.cat(map_on_threads(lambda: None, work, state))
+
+    def prepare(self, model: nn.Module, inner: Batch, outer: Batch) -> DenseContext:
+        """See `evoloss.engine.path.Path`."""
+        return prepare_dense(model, inner, outer, self.settings)
+
+    def meta_gradients(
+        self, context: DenseContext, loss: PopulationLoss
+    ) -> tuple[Tensor, NDArray[np.float64]]:
+        """See `evoloss.engine.path.Path`."""
+        return dense_meta_gradients(self.task, self.settings, context, loss)

@@ -1,0 +1,256 @@
+"""One-step meta-gradients of dense networks: exact, and by low rank, so that no stepped weight is ever formed.
+
+With X_l the values of layer l on the inner batch at the initial parameters and R_l = -rate * dM/dZ_l, one SGD step adds
+R_l^T X_{l-1} to the weights of layer l: at most the batch's rank. So on the outer batch, with values H,
+
+    Z_l = H_{l-1} W_l^T + b_l + K R_l,   K = H_{l-1} X_{l-1}^T + 1,   and backwards   G_l W_l + (G_l R_l^T) X_{l-1},
+
+W and b scaled by the weight decay: the only large products left are with the shared [W_l; X_{l-1}]. The Jacobian of the
+inner outputs by Z_l, J_l (B, C, out), is shared too: R_l is u J_l, and J g is the sum over layers of J_l . K^T G_l.
+Where it is cheaper (few inputs or outputs) a layer's stepped weights are formed after all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from evoloss.engine.dense_layers import activate, activate_backward, affine, read_layers
+from evoloss.engine.population_loss import PopulationLoss, TaskLoss
+from evoloss.engine.products import product, stacked_product
+from evoloss.engine.settings import TrainingSettings
+from evoloss.engine.streams import Batch
+from evoloss.engine.threads import map_on_threads
+from evoloss.tasks import Task
+
+CHUNK_BYTES = {"cpu": 2**21, "cuda": 2**28}
+"""The values of a chunk of candidates take about as much, or it is one candidate."""
+
+
+@dataclass(frozen=True)
+class SharedLayer:
+    """What all candidates share of a layer.
+
+    ``weight`` (out, in) and ``bias`` (out,) are scaled by the weight decay, ``inputs`` are X (B, in), ``jacobian`` is J
+    (B, C, out). ``joint`` is [weight; inputs] (out + B, in) of a layer below which there is another one and whose step
+    is kept as low rank. ``outer`` of the first layer: inputs (V, in), or Z without the step (V, out) and K (V, B).
+    """
+
+    activation: str
+    weight: Tensor
+    bias: Tensor | None
+    inputs: Tensor
+    jacobian: Tensor
+    joint: Tensor | None
+    joint_bias: Tensor | None
+    outer: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class DenseContext:
+    """A meta-step: ``inner_outputs`` (1, B, C), the shared parts of all layers, targets."""
+
+    inner_outputs: Tensor
+    layers: tuple[SharedLayer, ...]
+    inner_targets: Tensor
+    outer_targets: Tensor
+    outer_y: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """See `evoloss.engine.path.Context`."""
+        tensors = [self.inner_outputs, self.inner_targets, self.outer_targets, self.outer_y]
+        for layer in self.layers:
+            tensors += [layer.weight, layer.inputs, layer.jacobian, *layer.outer]
+        return sum(tensor.nbytes for tensor in tensors)
+
+
+def forward_values(
+    layers: Sequence[Sequence[Tensor]], kinds: Sequence[str], x: Tensor
+) -> list[Tensor]:
+    """Return ``x`` (rows, in) and the values of every layer (rows, out); a layer is its weight and, or not, bias."""
+    values = [x]
+    for (weight, *bias), kind in zip(layers, kinds, strict=True):
+        values.append(activate(kind, product(values[-1], weight.t(), *bias)))
+    return values
+
+
+def compute_jacobians(
+    weights: Sequence[Tensor], kinds: Sequence[str], values: Sequence[Tensor]
+) -> list[Tensor]:
+    """Return the outputs' Jacobian by every layer's Z, (rows, C, out); ``values`` of `forward_values`."""
+    slopes = activate_backward(kinds[-1], torch.ones_like(values[-1]), values[-1])
+    jacobians = [torch.diag_embed(slopes)]
+    for i in range(len(weights) - 1, 0, -1):
+        upstream = product(jacobians[0].flatten(0, 1), weights[i])
+        upstream = upstream.view(*jacobians[0].shape[:2], -1)
+        jacobians.insert(0, activate_backward(kinds[i - 1], upstream, values[i].unsqueeze(1)))
+    return jacobians
+
+
+@torch.no_grad()
+def prepare_dense(
+    model: nn.Module, inner: Batch, outer: Batch, settings: TrainingSettings
+) -> DenseContext:
+    """Return the meta-step from ``model`` over ``inner`` to ``outer``."""
+    layers = read_layers(model)
+    assert not isinstance(layers, str)
+    params = [layer.params for layer in layers]
+    kinds = [layer.activation for layer in layers]
+    values = forward_values(params, kinds, inner.x.flatten(1))
+    jacobians = compute_jacobians([weight for weight, *_ in params], kinds, values)
+    shrink = 1.0 - settings.first_step_rate * settings.weight_decay
+    shared = []
+    for i, (weight, *bias) in enumerate(params):
+        shrunk = [weight * shrink, *(b * shrink for b in bias)]
+        outer_x = outer.x.flatten(1) if i == 0 else None
+        shared.append(
+            _share_layer(kinds[i], shrunk, values[i], jacobians[i], outer_x, len(outer.x))
+        )
+    return DenseContext(
+        values[-1].unsqueeze(0), tuple(shared), inner.targets, outer.targets, outer.y
+    )
+
+
+def _share_layer(
+    activation: str,
+    params: Sequence[Tensor],
+    inputs: Tensor,
+    jacobian: Tensor,
+    outer_x: Tensor | None,
+    num_outer: int,
+) -> SharedLayer:
+    weight, bias = params[0], params[1] if len(params) > 1 else None
+    joint, joint_bias = None, None
+    (n_out, n_in), size = weight.shape, len(inputs)
+    if outer_x is not None:
+        outer: tuple[Tensor, ...] = (outer_x,)
+        if num_outer * size < n_in * (num_outer + size):
+            gram = product(outer_x, inputs.t())
+            outer = (product(outer_x, weight.t(), bias), gram if bias is None else gram + 1.0)
+    else:
+        outer = ()
+        # multiplications, in units of the number of outer rows
+        formed = n_in * n_out * (3 + 2 * size / num_outer)
+        if 2 * n_in * n_out + size * (2 * n_in + 3 * n_out) < formed:
+            joint = torch.cat([weight, inputs])
+            weight, inputs = joint[:n_out], joint[n_out:]
+            joint_bias = None if bias is None else torch.cat([bias, bias.new_ones(size)])
+    return SharedLayer(activation, weight, bias, inputs, jacobian, joint, joint_bias, outer)
+
+
+class _Step:
+    """R = u J of one layer for k candidates, u (k, B, C): with one output R is not formed, u scales what it meets."""
+
+    def __init__(self, jacobian: Tensor, u: Tensor) -> None:
+        self.jacobian = jacobian
+        self.u = u
+        self.single = jacobian.shape[1] == 1
+        if not self.single:
+            self.rows = torch.bmm(u.transpose(0, 1), jacobian).transpose(0, 1)
+
+    def mix(self, k: Tensor) -> Tensor:
+        """Return K R, (k or 1, V, B) -> (k, V, out)."""
+        if self.single:
+            return stacked_product(k * self.u.mT, self.jacobian.transpose(0, 1))
+        return stacked_product(k, self.rows)
+
+    def weight_step(self, inputs: Tensor) -> Tensor:
+        """Return R^T X, (B, in) -> (k, out, in)."""
+        if self.single:
+            return stacked_product((self.u * inputs).mT, self.jacobian.transpose(0, 1)).mT
+        return stacked_product(self.rows.mT, inputs.unsqueeze(0))
+
+    def bias_step(self) -> Tensor:
+        """Return the sum of R over the batch, (k, out)."""
+        if self.single:
+            return torch.mm(self.u.squeeze(-1), self.jacobian.squeeze(1))
+        return self.rows.sum(1)
+
+    def contract(self, tangents: Tensor) -> Tensor:
+        """Return J . T, the outputs' change (k, B, C) when Z changes by T (k, B, out)."""
+        if self.single:
+            return (tangents * self.jacobian.squeeze(1)).sum(-1, keepdim=True)
+        return torch.bmm(self.jacobian, tangents.permute(1, 2, 0)).permute(2, 0, 1)
+
+    def correlate(self, upstream: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Return G R^T (k, V, B) and J . K^T G (k, B, C) for G (k, V, out) and K (k or 1, V, B)."""
+        if self.single:
+            shared = stacked_product(upstream, self.jacobian.permute(1, 2, 0))
+            return shared * self.u.mT, (shared * k).sum(1).unsqueeze(-1)
+        tangents = stacked_product(k.mT.expand(len(upstream), -1, -1), upstream)
+        return stacked_product(upstream, self.rows.mT), self.contract(tangents)
+
+
+def _step_through(
+    layers: Sequence[SharedLayer], task: Task, context: DenseContext, u: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return outer losses (k,) and J g (k, B, C) for ``u`` = -rate * dM/d outputs (k, B, C)."""
+    steps = [_Step(layer.jacobian, u) for layer in layers]
+    values: list[Tensor] = []
+    grams: list[Tensor] = []
+    weights: list[Tensor] = []
+    for layer, step in zip(layers, steps, strict=True):
+        h = values[-1] if values else layer.outer[0].unsqueeze(0)
+        num_out = len(layer.weight)
+        if len(layer.outer) == 2:
+            base, gram = layer.outer
+            grams.append(gram.unsqueeze(0))
+            z = step.mix(grams[-1]).add_(base)
+        elif layer.joint is not None:
+            both = product(h.flatten(0, 1), layer.joint.t(), layer.joint_bias)
+            both = both.view(*h.shape[:2], -1)
+            grams.append(both[..., num_out:])
+            z = step.mix(grams[-1]).add_(both[..., :num_out])
+        else:
+            grams.append(h)
+            weights.append(step.weight_step(layer.inputs).add_(layer.weight))
+            bias = None if layer.bias is None else step.bias_step().add_(layer.bias)
+            z = affine(h, weights[-1], bias)
+        values.append(activate(layer.activation, z))
+    losses = task.compute_task_loss(values[-1], context.outer_y)
+    upstream = TaskLoss(task).output_gradients(values[-1], context.outer_targets)
+    direction = torch.zeros_like(u)
+    for i in reversed(range(len(layers))):
+        layer, step = layers[i], steps[i]
+        upstream = activate_backward(layer.activation, upstream, values[i])
+        if len(layer.outer) == 2 or layer.joint is not None:
+            residual, change = step.correlate(upstream, grams[i])
+            direction += change
+            if layer.joint is not None:
+                upstream = torch.cat([upstream, residual], -1)
+                upstream = stacked_product(upstream, layer.joint.unsqueeze(0))
+            continue
+        gradient = stacked_product(upstream.mT, grams[i])
+        tangents = stacked_product(layer.inputs.unsqueeze(0), gradient.mT)
+        if layer.bias is not None:
+            tangents = tangents + upstream.sum(1, keepdim=True)
+        direction += step.contract(tangents)
+        if i:
+            upstream = stacked_product(upstream, weights.pop())
+    return losses, direction
+
+
+@torch.no_grad()
+def dense_meta_gradients(
+    task: Task, settings: TrainingSettings, context: DenseContext, loss: PopulationLoss
+) -> tuple[Tensor, NDArray[np.float64]]:
+    """Return outer losses (P,) and their gradients by all instruction weights (instructions,)."""
+    rate = settings.first_step_rate
+    u = loss.output_gradients(context.inner_outputs, context.inner_targets) * -rate
+    rows = len(context.outer_targets)
+    widths = sum(2 * len(layer.weight) + len(layer.inputs) for layer in context.layers)
+    chunk = max(1, CHUNK_BYTES[u.device.type] // (rows * widths * u.element_size()))
+
+    def work(_: None, part: Tensor) -> tuple[Tensor, Tensor]:
+        return _step_through(context.layers, task, context, part)
+
+    parts = map_on_threads(lambda: None, work, torch.split(u, chunk))
+    values, directions = (torch.cat(list(some)) for some in zip(*parts, strict=True))
+    gradient = loss.weight_gradients(context.inner_outputs, context.inner_targets, directions)
+    return values, -rate * gradient
