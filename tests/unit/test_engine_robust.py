@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ from toy_tasks import make_toy_task
 
 import oracle
 from evoloss.engine import Engine, LocalSearchSettings, TaskLoss, TrainingRun, TrainingSettings
+from evoloss.engine.precision import set_gpu_products
 from evoloss.engine.streams import draw_batches
 from evoloss.errors import ConfigError
 from evoloss.expressions import Program, compile_weighted_tree, parse_expression
@@ -113,3 +115,49 @@ def test_one_diverged_network_makes_the_fitness_nan() -> None:
     assert not all(diverged)
     assert np.isnan(mean[0])
     assert np.isfinite(mean[1])
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("tf32", True), ("float32", False)])
+def test_products_on_a_gpu_are_set_and_restored(precision: str, expected: bool) -> None:
+    """The switches exist without a GPU too; what was set before comes back, also after an error."""
+    products, layers = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = (products.allow_tf32, layers.allow_tf32)
+
+    def fail() -> None:
+        with set_gpu_products(precision, torch.device("cuda")):
+            assert (products.allow_tf32, layers.allow_tf32) == (expected, expected)
+            raise ConfigError("inside")
+
+    with pytest.raises(ConfigError, match="inside"):
+        fail()
+    assert (products.allow_tf32, layers.allow_tf32) == before
+    with set_gpu_products(precision, CPU):
+        assert (products.allow_tf32, layers.allow_tf32) == before
+
+
+def test_tf32_on_a_cpu_is_float32(caplog: pytest.LogCaptureFixture) -> None:
+    task, programs = make_toy_task(), compile_formulas(*FORMULAS)
+    with caplog.at_level(logging.INFO, "evoloss"):
+        results = [
+            Engine(task, "linear", replace(PLAIN, precision=precision), CPU).compute_fitness(
+                programs, 9, 0
+            )
+            for precision in ("float32", "tf32")
+        ]
+    assert results[0].tolist() == results[1].tolist()
+    assert [r.message for r in caplog.records if "tf32" in r.message] == [
+        "training.precision: tf32 is a GPU's; on cpu it is float32"
+    ]
+
+
+@pytest.mark.parametrize("model_name", ["linear", "mlp", "lenet5", "char_cnn", "gru"])
+def test_bf16_is_close_to_float32(model_name: str) -> None:
+    """bfloat16 has 8 significant bits; the loss and what leaves the network are float32."""
+    losses = {}
+    for precision in ("float32", "bf16"):
+        settings = replace(PLAIN, precision=precision)
+        engine = Engine(make_task(model_name), model_name, settings, CPU)
+        loss = engine.population_loss(compile_formulas(*FORMULAS))
+        losses[precision] = list(engine.train(loss, 10, 0))[-1].task_loss
+    assert losses["bf16"].tolist() != losses["float32"].tolist()
+    np.testing.assert_allclose(losses["bf16"], losses["float32"], rtol=0.03)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from evoloss.engine.check_model import check_model
 from evoloss.engine.dense import DensePath
 from evoloss.engine.general import GeneralPath
 from evoloss.engine.linear import LinearPath
@@ -22,6 +23,7 @@ from evoloss.engine.local_search import LocalSearchSettings, MetaSteps, run_loca
 from evoloss.engine.memory import Chunk, Chunks
 from evoloss.engine.path import Context, Path
 from evoloss.engine.population_loss import OutputLoss, PopulationLoss
+from evoloss.engine.precision import Bfloat16Layers, set_gpu_products
 from evoloss.engine.settings import TrainingSettings
 from evoloss.engine.streams import Batch
 from evoloss.engine.training_run import Evaluation, TrainingRun
@@ -83,7 +85,10 @@ class Engine:
         self.model_options = model_options
         self.task = task.to(device, settings.dtype)
         model = self.build_model(0)
+        check_model(model, model_name, self.task.train.x[:2], task.num_outputs)
         self.path = choose_path(self.task, model, settings)
+        if settings.precision == "tf32" and device.type != "cuda":
+            logger.info("training.precision: tf32 is a GPU's; on %s it is float32", device.type)
         self._meta_steps: MetaSteps | None = None
         what = f"model {model_name!r} of task {task.name!r}"
         self.training_chunks = Chunks(f"train {what}", settings.batch_size)
@@ -104,7 +109,8 @@ class Engine:
         """Return a freshly initialised base model; the same stream gives the same parameters."""
         seed = derive_seed(*stream, "initial parameters")
         model = build_model(self.model_name, self.task, seed, **self.model_options)
-        return model.to(self.device, self.settings.dtype)
+        model = model.to(self.device, self.settings.dtype)
+        return Bfloat16Layers(model) if self.settings.precision == "bf16" else model
 
     def population_loss(self, programs: Sequence[Program]) -> PopulationLoss:
         """Return the losses of ``programs`` on this task."""
@@ -160,8 +166,12 @@ class Engine:
     def prepare(self, model: nn.Module, inner: Sequence[Batch], outer: Batch) -> Context:
         """Return all of a meta-step from ``model`` over ``inner`` to ``outer`` that the losses do not change."""
         if len(inner) == 1:
-            context: Context = self.path.prepare(model, inner[0], outer)
-            return context
+            with set_gpu_products(self.settings.precision, self.device):
+                # there is nothing to halve: out of memory it only ends with a sentence
+                ((_, context),) = self._meta_chunks.run(
+                    [(0,)], lambda _: self.path.prepare(model, inner[0], outer)
+                )
+            return cast(Context, context)
         return UnrolledContext(model, tuple(inner), outer)
 
     def meta_gradients(
@@ -176,7 +186,8 @@ class Engine:
             values, gradient = self.path.meta_gradients(context, part)
             return values.double().cpu().numpy(), gradient
 
-        parts = self._meta_chunks.run(self._meta_chunks.split(range(loss.size)), work)
+        with set_gpu_products(self.settings.precision, self.device):
+            parts = self._meta_chunks.run(self._meta_chunks.split(range(loss.size)), work)
         values, gradients = zip(*(result for _, result in parts), strict=True)
         return np.concatenate(values), np.concatenate(gradients)
 

@@ -55,8 +55,14 @@ class Chunks:
             If a single network does not fit.
         """
         waiting, done = list(chunks), []
+        halves: set[Chunk] = set()
         while waiting:
             chunk = waiting.pop(0)
+            pieces = self.split(chunk)
+            if chunk in halves and len(pieces) > 1:  # its other half did not fit either
+                halves.update(pieces)
+                waiting[:0] = pieces
+                continue
             try:
                 done.append((chunk, work(chunk)))
                 continue
@@ -73,11 +79,13 @@ class Chunks:
                 len(chunk),
                 self._limit,
             )
-            waiting[:0] = self.split(chunk)
+            pieces = self.split(chunk)
+            halves.update(pieces)
+            waiting[:0] = pieces
         return done
 
     def _describe_failure(self, error: BaseException) -> str:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         return (
             f"not enough memory to {self._what}, even with a single loss at a time: lower "
             f"training.batch_size (now {self._batch_size}) or search.population_size, take a smaller model, or "

@@ -9,7 +9,13 @@ import torch
 from evoloss.errors import ConfigError, describe_choices
 
 OPTIMIZERS = ("sgd", "adam")
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "tf32": torch.float32,
+    "bf16": torch.float32,
+}
+"""Precision: type of data, parameters and losses. See `evoloss.engine.precision` for what else tf32 and bf16 change."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +24,8 @@ class TrainingSettings:
 
     ``optimizer`` sgd or adam (which takes no momentum), ``learning_rate`` > 0, ``momentum`` in [0, 1), ``weight_decay``
     >= 0 (added to the gradient), ``nesterov`` needs momentum, ``batch_size`` in samples (the whole training set if that
-    is smaller), ``precision`` float32 or float64.
+    is smaller), ``precision`` float32, float64, tf32 (float32 whose products on a GPU are TF32) or
+    bf16 (the model's layers in bfloat16, the rest in float32).
     """
 
     batch_size: int

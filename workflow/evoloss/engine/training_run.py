@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from evoloss.engine.memory import Chunk
 from evoloss.engine.population_loss import OutputLoss
+from evoloss.engine.precision import set_gpu_products
 from evoloss.engine.streams import draw_batches
 
 if TYPE_CHECKING:
@@ -132,7 +133,8 @@ class TrainingRun:
             self._parts[networks] = part
             return result
 
-        return engine.training_chunks.run(list(self._parts), work)
+        with set_gpu_products(engine.settings.precision, engine.device):
+            return engine.training_chunks.run(list(self._parts), work)
 
     def _start(self, networks: Chunk) -> _Part:
         count, build = self.num_networks, self.engine.build_model

@@ -118,7 +118,7 @@ class GRU(nn.Module):
         reset_inputs, update_inputs = self.input_gates(embedded).chunk(2, -1)
         # Padding saturates the update gate at exactly 1, which hands the state on unchanged: the
         # state after the last column is that after the last character.
-        is_padding = (x == PADDING_ID).unsqueeze(-1).to(embedded.dtype)
+        is_padding = (x == PADDING_ID).unsqueeze(-1).to(update_inputs.dtype)
         update_inputs = update_inputs + SATURATION * is_padding
         gates = torch.cat((reset_inputs, update_inputs), -1).unbind(-2)
         candidates = self.input_candidate(embedded).unbind(-2)

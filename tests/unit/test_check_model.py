@@ -1,0 +1,138 @@
+"""A model that no population can be trained of is refused in one sentence that names its module."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toy_tasks import make_toy_task
+
+from evoloss.engine import Engine, TrainingSettings
+from evoloss.engine.check_model import check_model
+from evoloss.errors import ModelError
+from evoloss.tasks import models
+
+WELL = {
+    "linear": make_toy_task(),
+    "mlp": make_toy_task("regression", num_outputs=1),
+    "lenet5": make_toy_task(input_shape=(1, 28, 28)),
+    "char_cnn": make_toy_task(input_shape=(16,), vocabulary_size=12),
+    "gru": make_toy_task(input_shape=(16,), vocabulary_size=12),
+}
+
+
+class Branching(nn.Module):
+    """Control flow that depends on computed values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if x.sum() > 0 else x
+
+
+class Counting(nn.Module):
+    """A buffer that is counted up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x
+
+
+class Noisy(nn.Module):
+    """A random layer that torch does not know as one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn_like(x)
+
+
+class Unused(nn.Module):
+    """A parameter that nothing depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Pair(nn.Module):
+    """Two outputs."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
+def wrap(*layers: nn.Module) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(nn.Linear(6, 4), *layers, nn.Linear(4, 3))
+
+
+@pytest.mark.parametrize(
+    ("build", "sentence"),
+    [
+        (wrap(nn.BatchNorm1d(4)), "module '1' (BatchNorm1d) changes its buffer"),
+        (wrap(nn.Tanh(), Counting()), "module '2' (Counting) changes its buffer 'calls'"),
+        (wrap(nn.Dropout(0.5)), "module '1' (Dropout) is random"),
+        (wrap(nn.Sequential(nn.Tanh(), Noisy())), "module '1.1' (Noisy) is random"),
+        (wrap(Branching()), "at once (control flow that depends on computed values, or changes"),
+        (wrap(Branching()), "in its module '1' (Branching): vmap"),
+        (wrap(Unused()), "its parameter '1.spare' has no influence on the outputs"),
+        (wrap(nn.Linear(5, 4)), "training data, in its module '1' (Linear): mat1 and mat2 shapes"),
+        (
+            lambda: nn.Linear(6, 2),
+            "outputs for 2 rows have shape (2, 2), but the task needs (2, 3)",
+        ),
+        (lambda: nn.Sequential(nn.Linear(6, 3), Pair()), "it does not return a single tensor"),
+        (lambda: nn.Linear(6, 3).requires_grad_(False), "depend on no parameter that requires"),
+    ],
+)
+def test_refused_with_a_sentence(build: Callable[[], nn.Module], sentence: str) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(ModelError) as caught:
+        check_model(build(), "mine", torch.randn(2, 6), 3)
+    assert str(caught.value).startswith("model 'mine' cannot be trained here: ")
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", WELL)
+@pytest.mark.parametrize("precision", ["float32", "float64", "bf16"])
+def test_our_own_models_pass(name: str, precision: str) -> None:
+    Engine(WELL[name], name, TrainingSettings(16, 0.1, precision=precision), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.GroupNorm(2, 4),
+        nn.LayerNorm(4),
+        nn.BatchNorm1d(4, track_running_stats=False),
+        nn.Dropout(0.0),
+        nn.ReLU(inplace=True),
+        nn.Linear(4, 4).requires_grad_(False),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_other_layers_pass(layer: nn.Module) -> None:
+    check_model(wrap(layer)(), "mine", torch.randn(2, 6), 3)
+
+
+def test_the_trial_leaves_no_trace() -> None:
+    model = wrap(nn.BatchNorm1d(4))()
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    with pytest.raises(ModelError):
+        check_model(model, "mine", torch.zeros(2, 6), 3)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_the_engine_refuses_a_registered_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(models.MODELS, "mine", lambda task: wrap(nn.Dropout())())
+    with pytest.raises(ModelError, match=r"model 'mine' .* module '1' \(Dropout\)"):
+        Engine(make_toy_task(), "mine", TrainingSettings(16, 0.1), torch.device("cpu"))

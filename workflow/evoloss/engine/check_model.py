@@ -1,0 +1,134 @@
+"""Whether a base model can be trained as one of a population: found by a trial run on two rows, before any training.
+
+A network must be a function of its parameters and inputs alone, that several networks' parameters can be put through
+at once (`torch.func.vmap`). Nothing of that can be read off a model's layers, as anybody may write one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from evoloss.errors import ModelError
+
+
+class _Trial:
+    """A copy of the model that remembers the outputs of its modules and where it stopped."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = copy.deepcopy(model)
+        self.outputs: dict[str, Tensor] = {}
+        self._entered: list[str] = []
+        self._types = {name: type(module).__name__ for name, module in self.model.named_modules()}
+        for name, module in self.model.named_modules():
+            module.register_forward_pre_hook(lambda *_, name=name: self._entered.append(name))
+            module.register_forward_hook(lambda *args, name=name: self._leave(name, args[-1]))
+
+    def _leave(self, name: str, output: object) -> None:
+        self._entered.pop()
+        if isinstance(output, Tensor):
+            self.outputs[name] = output
+
+    def run(self, x: Tensor) -> dict[str, Tensor]:
+        """Return every module's outputs, innermost first."""
+        self.outputs = {}
+        self.model(x)
+        return self.outputs
+
+    def describe(self, name: str) -> str:
+        """Return a module's name and type for a message."""
+        return f"its module {name!r} ({self._types[name]})" if name else f"its {self._types[name]}"
+
+    def describe_stop(self) -> str:
+        """Return the module that was entered last and not left."""
+        return self.describe(self._entered[-1] if self._entered else "")
+
+
+def check_model(model: nn.Module, model_name: str, x: Tensor, num_outputs: int) -> None:
+    """Refuse a model that a population of networks cannot be trained of.
+
+    Parameters
+    ----------
+    model
+        It stays as it is, and so does the global random state.
+    model_name
+        For the message.
+    x
+        Two inputs (2, ...).
+    num_outputs
+        Outputs that the task needs of the model.
+
+    Raises
+    ------
+    ModelError
+        In one sentence that names the module: it fails on the inputs or has outputs of another shape, a parameter
+        has no influence, it changes a buffer when it is called, it is random, or `torch.func.vmap` cannot handle it.
+    """
+    refuse = f"model {model_name!r} cannot be trained here:"
+    with torch.random.fork_rng(devices=[]):
+        with _explain(f"{refuse} it cannot be copied"):
+            trial = _Trial(model)
+        before = {name: buffer.clone() for name, buffer in trial.model.named_buffers()}
+        with _explain(f"{refuse} it fails on two rows of the training data, in", trial):
+            first, second = trial.run(x), trial.run(x)
+        for name, buffer in trial.model.named_buffers():
+            if not torch.equal(buffer, before[name]):
+                owner, _, own_name = name.rpartition(".")
+                raise ModelError(
+                    f"{refuse} {trial.describe(owner)} changes its buffer {own_name!r} when it is called, which the "
+                    "networks of a population would share; use a layer without such state, e.g. GroupNorm"
+                )
+        for name, output in first.items():
+            # a GPU may sum in another order the second time
+            close = torch.allclose(output.double(), second[name].double(), 1e-3, equal_nan=True)
+            if not close:
+                raise ModelError(
+                    f"{refuse} {trial.describe(name)} is random: it gives other outputs when it is called again, so "
+                    "losses could not be compared; leave it out"
+                )
+        if "" not in first:
+            raise ModelError(f"{refuse} it does not return a single tensor")
+        _check_outputs(trial.model, refuse, first[""], (len(x), num_outputs))
+        stacked = {n: torch.stack([p.detach()] * 2) for n, p in trial.model.named_parameters()}
+        with _explain(
+            f"{refuse} torch.func.vmap cannot compute two networks at once (control flow that depends on computed "
+            "values, or changes in place?), in",
+            trial,
+        ):
+            vmap(lambda params: functional_call(trial.model, params, (x,)))(stacked)
+
+
+def _check_outputs(
+    model: nn.Module, refuse: str, outputs: Tensor, expected: tuple[int, int]
+) -> None:
+    if tuple(outputs.shape) != expected:
+        raise ModelError(
+            f"{refuse} its outputs for {expected[0]} rows have shape {tuple(outputs.shape)}, but the task needs "
+            f"{expected}"
+        )
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable or not outputs.requires_grad:
+        raise ModelError(f"{refuse} its outputs depend on no parameter that requires a gradient")
+    gradients = torch.autograd.grad(outputs.sum(), list(trainable.values()), allow_unused=True)
+    for name, gradient in zip(trainable, gradients, strict=True):
+        if gradient is None:
+            raise ModelError(
+                f"{refuse} its parameter {name!r} has no influence on the outputs; remove it, or freeze it with "
+                "requires_grad_(False)"
+            )
+
+
+@contextmanager
+def _explain(sentence: str, trial: _Trial | None = None) -> Iterator[None]:
+    """Turn whatever a model of the user's own raises into one sentence."""
+    try:
+        yield
+    except Exception as error:
+        where = f" {trial.describe_stop()}" if trial is not None else ""
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{sentence}{where}: {reason}") from error
