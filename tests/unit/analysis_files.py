@@ -188,17 +188,25 @@ def _history(
 ) -> dict[str, list[Any]]:
     best = level * (1 + np.sort(generator.exponential(0.4, generations))[::-1])
     median = best * (1.5 + generator.random(generations))
-    counts = generator.multinomial(20, [0.3, 0.1, 0.2, 0.1, 0.05, 0.25], generations)
+    counts = generator.multinomial(20, [0.3, 0.1, 0.2, 0.1, 0.1, 0.05, 0.15], generations)
     if not found:
-        best, median, counts = best * np.nan, median * np.inf, np.tile([5, 3, 12, 0, 0, 0], (5, 1))
-    names = ("archive_hits", "zero_gradient", "rejected", "gradient_hits", "diverged", "evaluated")
+        best, median, counts = (
+            best * np.nan,
+            median * np.inf,
+            np.tile([5, 3, 12, 0, 0, 0, 0], (5, 1)),
+        )
+    names = (
+        "archive_hits", "zero_gradient", "rejected", "gradient_hits", "stopped", "diverged",
+        "evaluated",
+    )  # fmt: skip
     columns: dict[str, list[Any]] = {
         "generation": list(range(generations)),
         "best_fitness": best.tolist(),
         "median_fitness": median.tolist(),
         "best_expression": [text] * generations,
         "best_complexity": [7] * generations,
-        "median_complexity": [9.0] * generations,
+        "median_complexity": (9.0 + generator.random() * np.arange(generations)).tolist(),
+        "training_steps": [2000] * generations,
         "candidates": [20] * generations,
     }
     columns |= {name: counts[:, i].tolist() for i, name in enumerate(names)}

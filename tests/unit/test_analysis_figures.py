@@ -196,7 +196,7 @@ def test_all_searches_failed(name: str, results: Results, tmp_path: Path) -> Non
 
 def test_fates_sum_to_the_candidates() -> None:
     row = {"task": "t", "method": "m", "candidates": 10, "archive_hits": 2, "zero_gradient": 1}
-    row |= {"rejected": 2, "gradient_hits": 1, "diverged": 1}
+    row |= {"rejected": 2, "gradient_hits": 1, "stopped": 0, "diverged": 1}
     apart = count_fates(pd.DataFrame([{**row, "evaluated": 2}]))
     inside = count_fates(pd.DataFrame([{**row, "evaluated": 4}]))
     for counts in (apart, inside):

@@ -57,7 +57,7 @@ def test_trees_mean_what_deap_means(seed: int) -> None:
         population = variation.initial_population(4)
         for _ in range(3):
             for individual in population:
-                individual.fitness.values = (random.random(),)
+                individual.fitness.values = (0, random.random())
             population = variation.next_generation(population)
     y, f = (np.random.default_rng(seed + i).uniform(-2, 2, 5) for i in range(2))
     for individual in population:
@@ -131,7 +131,7 @@ def test_rates_are_the_shares_of_the_offspring(monkeypatch: pytest.MonkeyPatch) 
         population = variation.initial_population(40)
         for _ in range(50):
             for individual in population:
-                individual.fitness.values = (random.random(),)
+                individual.fitness.values = (0, random.random())
             population = variation.next_generation(population)
             drawn["offspring"] += 38
     assert len(population) == 40
@@ -144,7 +144,7 @@ def test_the_elite_survives_unchanged() -> None:
     with global_random(random.Random(1)):
         population = variation.initial_population(20)
         for i, individual in enumerate(population):
-            individual.fitness.values = (float(i + 1),)
+            individual.fitness.values = (0, float(i + 1))
         children = variation.next_generation(population)
     assert len(children) == 20
     assert list(children[0]) == list(population[0])
@@ -186,6 +186,7 @@ def test_search_finds_a_loss_that_trains() -> None:
             "zero_gradient",
             "rejected",
             "gradient_hits",
+            "stopped",
             "diverged",
         )
         assert sum(row[name] for name in seen) == row["candidates"]
@@ -201,9 +202,12 @@ def test_equivalent_trees_are_evaluated_once() -> None:
     population = [make_individual(variation, text) for text in trees]
     search._evaluate(population)
     assert len({ind.fitness.values for ind in population[:3]}) == 1
-    assert search._counts == {"archive_hits": 3, "evaluated": 1, "zero_gradient": 1}
+    steps = search.settings.fitness_steps
+    assert search._counts == {
+        "archive_hits": 3, "evaluated": 1, "zero_gradient": 1, "training_steps": steps,
+    }  # fmt: skip
     search._evaluate(population)
-    assert search._counts == {"archive_hits": 5}, "rejected losses are remembered too"
+    assert +search._counts == {"archive_hits": 5}, "rejected losses are remembered too"
 
 
 def make_individual(variation: Variation, text: str) -> Individual:

@@ -26,8 +26,18 @@ from evoloss.analysis.statistics import (
 )
 from evoloss.analysis.tables import Column, Table, write_frame, write_table
 
-COUNTS = ("candidates", "archive_hits", "zero_gradient", "rejected", "gradient_hits", "diverged")
-"""What a search counts per generation, besides ``evaluated``."""
+COUNTS = (
+    "candidates",
+    "archive_hits",
+    "zero_gradient",
+    "rejected",
+    "gradient_hits",
+    "stopped",
+    "diverged",
+    "evaluated",
+    "training_steps",
+)
+"""What a search counts per generation."""
 
 FAILURE = [*SEARCH_KEYS, "status", "reason"]
 
@@ -134,7 +144,7 @@ def summarise_searches(searches: pd.DataFrame) -> pd.DataFrame:
     for keys, search in searches.groupby(SEARCH_KEYS, sort=False, dropna=False):
         last = search.iloc[-1]
         found = pd.notna(last["best_fitness"])
-        sums = search[[*COUNTS, "evaluated", "seconds_total"]].sum(min_count=1)
+        sums = search[[*COUNTS, "seconds_total"]].sum(min_count=1)
         rows.append(
             {
                 **dict(zip(SEARCH_KEYS, keys, strict=True)),
@@ -216,8 +226,10 @@ _SEARCH_TABLE = (
     Column("zero_gradient", "zero gradient", "integer"),
     Column("rejected", "rejected", "integer"),
     Column("gradient_hits", "gradient hits", "integer"),
+    Column("stopped", "stopped early", "integer"),
     Column("diverged", "diverged", "integer"),
     Column("evaluated", "evaluated", "integer"),
+    Column("training_steps", "training steps of its candidates", "integer"),
     Column("seconds_total", "seconds", "number"),
     Column("reason", "reason"),
 )

@@ -17,6 +17,7 @@ FATES = (
     ("rejected", "rejected", "#CC79A7", "xx"),
     ("gradient_hits", "gradient equivalent", "#F0E442", "\\\\"),
     ("diverged", "diverged", "#D55E00", "++"),
+    ("stopped", "stopped early (racing)", "#E69F00", "--"),
     ("evaluated", "evaluated by training", "#009E73", ""),
     ("other", "other", "#ffffff", "oo"),
 )

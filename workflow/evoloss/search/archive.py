@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from evoloss.engine.racing import RungScores
 from evoloss.expressions import Expression
 
 WORST = float("inf")
@@ -13,8 +14,9 @@ WORST = float("inf")
 class Record:
     """The outcome for one loss: ``fitness`` (lower is better, `WORST` if it was rejected or diverged).
 
-    ``status`` is how it came: evaluated, rejected, zero_gradient, gradient_hits (an equal loss's fitness), diverged.
-    ``expression`` is the loss with its tuned weights as constants, ``complexity`` the node count of its GP ``tree``.
+    ``status`` is how it came: evaluated, stopped (by racing), rejected, zero_gradient, gradient_hits (an equal loss's
+    fitness), diverged. ``expression`` is the loss with its tuned weights as constants, ``complexity`` the node count of
+    its GP ``tree``. ``spared`` are the training steps that racing spared it, 0 if its fitness is that of a whole one.
     """
 
     tree: Expression
@@ -23,22 +25,36 @@ class Record:
     status: str
     fitness: float
     generation: int
+    spared: int = 0
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """What selection compares, lower is better: of two losses the one that was trained further, then fitness.
+
+        So a stopped loss, whose fitness is that of a shorter training, is never better than one trained to the end.
+        """
+        return (self.spared if self.fitness < WORST else WORST, self.fitness)
 
 
 @dataclass
 class Archive:
-    """Records by canonical key (symbolic equivalence) and fitness by gradient fingerprint (gradient equivalence)."""
+    """Records by canonical key (symbolic equivalence), keys by gradient fingerprint (gradient equivalence).
+
+    ``rung_scores`` are what racing compares with.
+    """
 
     records: dict[str, Record] = field(default_factory=dict)
-    fitness_by_gradient: dict[bytes, float] = field(default_factory=dict)
+    key_by_gradient: dict[bytes, str] = field(default_factory=dict)
+    rung_scores: RungScores = field(default_factory=dict)
 
     def pareto_front(self) -> list[Record]:
         """Return the accepted records that no other one beats in both fitness and complexity, best fitness first.
 
+        Stopped losses are left out: their fitness is that of a shorter training.
         Ties in both are broken by generation and text, so the front does not depend on the order of insertion.
         """
         accepted = sorted(
-            (r for r in self.records.values() if r.fitness < WORST),
+            (r for r in self.records.values() if r.rank < (0, WORST)),
             key=lambda r: (r.fitness, r.complexity, r.generation, str(r.tree)),
         )
         front: list[Record] = []

@@ -11,7 +11,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from evoloss.engine.filters import (
     has_zero_gradient,
     run_rejection_protocol,
 )
+from evoloss.engine.racing import RacingSettings, run_race
 from evoloss.expressions import (
     Expression,
     Program,
@@ -34,6 +35,17 @@ from evoloss.search.individuals import Individual, Variation, VariationSettings,
 from evoloss.seeding import derive_seed, global_random, numpy_generator
 
 PHASES = ("local_search", "rejection", "fitness")
+COUNTS = (
+    "archive_hits",
+    "zero_gradient",
+    "rejected",
+    "gradient_hits",
+    "stopped",
+    "diverged",
+    "evaluated",
+    "training_steps",
+)
+"""What a history row counts: fates of candidates, and the steps of the training runs (summed over candidates)."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,7 @@ class SearchSettings:
     rejection: RejectionSettings
     local_search: LocalSearchSettings | None
     initial_deviation: float
+    racing: RacingSettings = field(default_factory=RacingSettings)
 
 
 @dataclass(frozen=True)
@@ -69,7 +82,7 @@ class GPSearch:
         self._random = random.Random(derive_seed(search_seed, "genetic programming"))
         self._generation = 0
         self._counts: Counter[str] = Counter()
-        self._seconds: dict[str, float] = {}
+        self._seconds = dict.fromkeys(PHASES, 0.0)
 
     def run(self, on_generation: Callable[[dict[str, Any]], None] | None = None) -> SearchResult:
         """Run all generations (the initial population is generation 0)."""
@@ -105,15 +118,21 @@ class GPSearch:
                 fresh[key] = tree
         self._evaluate_fresh(fresh)
         for individual, key in zip(population, keys, strict=True):
-            individual.fitness.values = (self.archive.records[key].fitness,)
+            individual.fitness.values = self.archive.records[key].rank
 
     def _remember(
-        self, key: str, tree: Expression, program: Program, status: str, fitness: float
+        self,
+        key: str,
+        tree: Expression,
+        program: Program,
+        status: str,
+        fitness: float,
+        spared: int = 0,
     ) -> None:
         self._counts[status] += 1
         tuned = program_to_expression(program) if self.settings.local_search else tree
         self.archive.records[key] = Record(
-            tree, tuned, tree.complexity, status, fitness, self._generation
+            tree, tuned, tree.complexity, status, fitness, self._generation, spared
         )
 
     def _initial_program(self, key: str, tree: Expression) -> Program:
@@ -152,7 +171,7 @@ class GPSearch:
         ):
             if rejected:
                 self._remember(key, fresh[key], program, "rejected", WORST)
-            elif gradient_key in self.archive.fitness_by_gradient or gradient_key in first:
+            elif gradient_key in self.archive.key_by_gradient or gradient_key in first:
                 twins.append((key, program, gradient_key))
             else:
                 first.add(gradient_key)
@@ -160,11 +179,14 @@ class GPSearch:
         self._run_fitness(pending, fresh)
         orphans = []
         for key, program, gradient_key in twins:
-            value = self.archive.fitness_by_gradient.get(gradient_key)
-            if value is None:  # its first twin diverged, which says nothing about this one
+            twin = self.archive.key_by_gradient.get(gradient_key)
+            if twin is None:  # its first twin diverged, which says nothing about this one
                 orphans.append((key, program, gradient_key))
             else:
-                self._remember(key, fresh[key], program, "gradient_hits", value)
+                known = self.archive.records[twin]
+                self._remember(
+                    key, fresh[key], program, "gradient_hits", known.fitness, known.spared
+                )
         self._run_fitness(orphans, fresh)
         self._lap("fitness", clock)
 
@@ -172,18 +194,26 @@ class GPSearch:
         self, pending: list[tuple[str, Program, bytes]], fresh: dict[str, Expression]
     ) -> None:
         """Train with the losses (key, program, gradient fingerprint) and remember how they did."""
-        fitnesses = self.engine.compute_fitness(
+        race = run_race(
+            self.engine,
             [program for _, program, _ in pending],
             self.settings.fitness_steps,
+            self.settings.racing,
+            self.archive.rung_scores,
             self.search_seed,
             "fitness",
         )
-        for (key, program, gradient_key), fitness in zip(pending, fitnesses, strict=True):
-            if np.isfinite(fitness):
-                self._remember(key, fresh[key], program, "evaluated", float(fitness))
-                self.archive.fitness_by_gradient[gradient_key] = float(fitness)
-            else:
+        self._counts["training_steps"] += int(race.steps.sum())
+        for (key, program, gradient_key), fitness, steps in zip(
+            pending, race.fitness.tolist(), race.steps.tolist(), strict=True
+        ):
+            if not np.isfinite(fitness):
                 self._remember(key, fresh[key], program, "diverged", WORST)
+                continue
+            spared = self.settings.fitness_steps - steps
+            status = "stopped" if spared else "evaluated"
+            self._remember(key, fresh[key], program, status, fitness, spared)
+            self.archive.key_by_gradient[gradient_key] = key
 
     def _lap(self, phase: str, since: float) -> float:
         now = time.perf_counter()
@@ -191,16 +221,15 @@ class GPSearch:
         return now
 
     def _describe(self, population: list[Individual], seconds: float) -> dict[str, Any]:
-        """Return this generation's history row. ``best_*`` is the best loss found so far, from the archive."""
-        fitnesses = [individual.fitness.values[0] for individual in population]
-        finite = [fitness for fitness in fitnesses if fitness < WORST]
+        """Return this generation's history row. ``best_*`` is the best loss found so far, from the archive.
+
+        ``median_fitness`` is that of the individuals whose fitness is from a whole training.
+        """
+        ranks = [individual.fitness.values for individual in population]
+        finite = [fitness for spared, fitness in ranks if spared == 0]
         sizes = [len(individual) for individual in population]
         front = self.archive.pareto_front()
         best = front[0] if front else None
-        counts = {
-            name: self._counts[name]
-            for name in ("archive_hits", "zero_gradient", "rejected", "gradient_hits", "diverged")
-        }
         return {
             "generation": self._generation,
             "best_fitness": best.fitness if best else float("nan"),
@@ -210,9 +239,7 @@ class GPSearch:
             "best_complexity": best.complexity if best else 0,
             "median_complexity": float(statistics.median(sizes)),
             "candidates": len(population),
-            # a diverged candidate had its fitness run too
-            "evaluated": self._counts["evaluated"],
-            **counts,
+            **{name: self._counts[name] for name in COUNTS},
             **{f"seconds_{phase}": self._seconds[phase] for phase in PHASES},
             "seconds_total": seconds,
         }

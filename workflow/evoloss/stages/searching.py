@@ -9,6 +9,7 @@ from typing import Any
 
 from evoloss.engine import LocalSearchSettings
 from evoloss.engine.filters import RejectionSettings
+from evoloss.engine.racing import RacingSettings
 from evoloss.results import provenance
 from evoloss.search.gp_search import GPSearch, SearchResult, SearchSettings
 from evoloss.search.individuals import VariationSettings
@@ -51,7 +52,11 @@ def build_search_settings(
         if local_search
         else None,
         initial_deviation=local_search.get("initial_deviation", 0.0),
+        racing=RacingSettings(search["racing_reduction"], search["racing_first_rung"]),
     )
+
+
+FATES = ("archive_hits", "zero_gradient", "rejected", "gradient_hits", "stopped", "diverged")
 
 
 class ProgressLog:
@@ -64,10 +69,7 @@ class ProgressLog:
     def __call__(self, row: Mapping[str, Any]) -> None:
         done = row["generation"] + 1
         left = (time.monotonic() - self.started) / done * (self.num_generations + 1 - done)
-        filtered = {
-            name: row[name]
-            for name in ("archive_hits", "zero_gradient", "rejected", "gradient_hits", "diverged")
-        }
+        filtered = {name: row[name] for name in FATES}
         logger.info(
             "generation %d/%d  best %.4g  %s  evaluated %d of %d (%s)  about %.0f s left",
             row["generation"],

@@ -1,0 +1,212 @@
+"""Racing: who goes on, what a stopped candidate's score is, and what a search makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy_tasks import make_toy_task
+
+from evoloss.engine import Engine, TrainingSettings
+from evoloss.engine.filters import RejectionSettings
+from evoloss.engine.racing import RaceResult, RacingSettings, RungScores, run_race
+from evoloss.expressions import Program, compile_weighted_tree, parse_expression
+from evoloss.search.archive import WORST
+from evoloss.search.gp_search import GPSearch, SearchSettings
+from evoloss.search.individuals import VariationSettings
+
+HALVING = RacingSettings(2, 0.25)
+NUM_STEPS = 16
+FORMULAS = [
+    "square(sub(y, f(x)))",
+    "abs(sub(y, f(x)))",
+    "mul(-1, mul(y, log(f(x))))",
+    "mul(y, log(f(x)))",  # trains the wrong way
+    "mul(f(x), sub(f(x), y))",
+    "tanh(sub(f(x), y))",
+    "add(sqrt(f(x)), square(sub(y, f(x))))",
+]
+DIVERGING = "mul(1e300, mul(1e300, square(sub(y, f(x)))))"
+
+
+def make_engine(model_name: str = "linear") -> Engine:
+    settings = TrainingSettings(16, 0.1 if model_name == "linear" else 1.0, precision="float64")
+    options = {"widths": (8,)} if model_name == "mlp" else {}
+    return Engine(make_toy_task(), model_name, settings, torch.device("cpu"), **options)
+
+
+def compile_all(formulas: Sequence[str]) -> list[Program]:
+    return [compile_weighted_tree(parse_expression(formula)) for formula in formulas]
+
+
+def race(
+    engine: Engine,
+    formulas: Sequence[str],
+    settings: RacingSettings = HALVING,
+    rung_scores: RungScores | None = None,
+) -> RaceResult:
+    scores: RungScores = {} if rung_scores is None else rung_scores
+    return run_race(engine, compile_all(formulas), NUM_STEPS, settings, scores, 0, "fitness")
+
+
+@pytest.mark.parametrize(
+    ("settings", "rungs"),
+    [
+        (RacingSettings(1, 0.25), [100]),
+        (RacingSettings(2, 0.25), [25, 50, 100]),
+        (RacingSettings(3, 0.1), [10, 30, 90, 100]),
+        (RacingSettings(2, 0.5), [50, 100]),
+        (RacingSettings(2, 0.999), [100]),
+    ],
+)
+def test_rungs(settings: RacingSettings, rungs: list[int]) -> None:
+    assert settings.list_rungs(100) == rungs
+
+
+def test_short_trainings_have_rungs_too() -> None:
+    assert RacingSettings(2, 0.25).list_rungs(1) == [1]
+    assert RacingSettings(2, 0.01).list_rungs(3) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("model_name", ["linear", "mlp"])
+def test_without_reduction_it_is_the_plain_fitness(model_name: str) -> None:
+    engine = make_engine(model_name)
+    scores: RungScores = {}
+    result = race(engine, FORMULAS, RacingSettings(1, 0.25), scores)
+    plain = engine.compute_fitness(compile_all(FORMULAS), NUM_STEPS, 0, "fitness")
+    np.testing.assert_array_equal(result.fitness, plain)
+    assert set(result.steps.tolist()) == {NUM_STEPS}
+    assert scores == {}
+
+
+@pytest.mark.parametrize("model_name", ["linear", "mlp"])
+def test_every_score_is_that_of_plain_training_up_to_its_step(model_name: str) -> None:
+    engine = make_engine(model_name)
+    result = race(engine, FORMULAS)
+    rungs = HALVING.list_rungs(NUM_STEPS)
+    loss = engine.population_loss(compile_all(FORMULAS))
+    curve = {
+        e.step: e.metric for e in engine.train(loss, NUM_STEPS, 0, "fitness", evaluate_at=rungs)
+    }
+    expected = [curve[step][p] for p, step in enumerate(result.steps.tolist())]
+    np.testing.assert_allclose(result.fitness, expected, rtol=1e-12)
+    # the race as its definition says it
+    running = list(range(len(FORMULAS)))
+    for rung in rungs[:-1]:
+        cut = sorted(curve[rung][running])[(len(running) + 1) // 2 - 1]
+        stopped = [p for p in running if curve[rung][p] > cut]
+        assert [p for p in range(len(FORMULAS)) if result.steps[p] == rung] == stopped
+        running = [p for p in running if p not in stopped]
+        if len(running) < 3:
+            break
+    assert set(result.steps.tolist()) > {NUM_STEPS}
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.permutations(range(len(FORMULAS))))
+def test_the_order_of_candidates_does_not_matter(order: list[int]) -> None:
+    engine = make_engine()
+    straight, turned = race(engine, FORMULAS), race(engine, [FORMULAS[p] for p in order])
+    np.testing.assert_array_equal(straight.steps[order], turned.steps)
+    np.testing.assert_allclose(straight.fitness[order], turned.fitness, rtol=1e-12)
+
+
+def test_equal_scores_share_their_fate() -> None:
+    result = race(make_engine(), [FORMULAS[0]] * 5)
+    assert set(result.steps.tolist()) == {NUM_STEPS}
+
+
+def test_two_candidates_are_too_few_to_stop_one() -> None:
+    result = race(make_engine(), [FORMULAS[0], FORMULAS[3]])
+    assert result.steps.tolist() == [NUM_STEPS] * 2
+
+
+def test_former_candidates_count() -> None:
+    """One candidate alone is stopped by three better ones of earlier races, and goes on after three worse ones."""
+    first = HALVING.list_rungs(NUM_STEPS)[0]
+    better: RungScores = {first: [-1.0, -1.0, -1.0]}
+    assert race(make_engine(), FORMULAS[:1], rung_scores=better).steps.tolist() == [first]
+    worse: RungScores = {first: [9.0, 9.0, 9.0]}
+    assert race(make_engine(), FORMULAS[:1], rung_scores=worse).steps.tolist() == [NUM_STEPS]
+    assert [len(scores) for scores in worse.values()] == [4, 1]
+
+
+@pytest.mark.parametrize("model_name", ["linear", "mlp"])
+def test_a_diverged_candidate_leaves_at_the_first_rung(model_name: str) -> None:
+    engine = make_engine(model_name)
+    alone, beside = race(engine, FORMULAS), race(engine, [DIVERGING, *FORMULAS])
+    first = HALVING.list_rungs(NUM_STEPS)[0]
+    assert np.isnan(beside.fitness[0])
+    assert beside.steps[0] == first
+    np.testing.assert_allclose(beside.fitness[1:], alone.fitness, rtol=1e-12)
+    np.testing.assert_array_equal(beside.steps[1:], alone.steps)
+
+
+def test_a_race_that_all_leave_ends() -> None:
+    result = race(make_engine(), [DIVERGING, DIVERGING])
+    assert np.isnan(result.fitness).all()
+    assert set(result.steps.tolist()) == set(HALVING.list_rungs(NUM_STEPS)[:1])
+    assert race(make_engine(), []).steps.shape == (0,)
+
+
+def make_search(racing: RacingSettings, seed: int = 0) -> GPSearch:
+    settings = SearchSettings(
+        population_size=20,
+        num_generations=4,
+        fitness_steps=NUM_STEPS,
+        variation=VariationSettings(4, 1.4, 0.70, 0.25, 0.05, 2, 4, 10),
+        rejection=RejectionSettings(40, 40, 0.05, 2),
+        local_search=None,
+        initial_deviation=0.0,
+        racing=racing,
+    )
+    return GPSearch(make_engine(), settings, seed)
+
+
+def test_a_search_ranks_no_stopped_loss_above_a_trained_one() -> None:
+    search = make_search(HALVING)
+    result = search.run()
+    records = search.archive.records.values()
+    ranks = {s: [r.rank for r in records if r.status == s] for s in ("evaluated", "stopped")}
+    assert max(ranks["evaluated"]) < min(ranks["stopped"])
+    assert max(ranks["stopped"]) < min(r.rank for r in records if r.fitness == WORST)
+    assert result.front
+    assert all(record.spared == 0 for record in result.front)
+    assert result.history[-1]["best_fitness"] == min(ranks["evaluated"])[1]
+
+
+def test_a_search_counts_what_racing_spares() -> None:
+    search = make_search(HALVING)
+    history = search.run().history
+    records = search.archive.records.values()
+    runs = [r for r in records if r.status in ("evaluated", "stopped")]
+    assert sum(row["stopped"] for row in history) == sum(r.spared > 0 for r in runs) > 0
+    assert sum(row["diverged"] for row in history) == 0
+    spent = sum(row["training_steps"] for row in history)
+    assert spent == sum(NUM_STEPS - r.spared for r in runs) < NUM_STEPS * len(runs)
+    fates = ("evaluated", "stopped", "diverged", "archive_hits", "zero_gradient", "rejected")
+    for row in history:
+        assert sum(row[name] for name in fates) + row["gradient_hits"] == row["candidates"]
+
+
+def test_a_gradient_twin_of_a_stopped_loss_is_no_better() -> None:
+    search = make_search(HALVING)
+    search.archive.rung_scores[HALVING.list_rungs(NUM_STEPS)[0]] = [-1.0, -1.0, -1.0]
+    first = parse_expression("square(sub(y, f(x)))")
+    twin = parse_expression("add(y, square(sub(y, f(x))))")
+    search._evaluate_fresh({"first": first, "twin": twin})
+    records = search.archive.records
+    assert [records[key].status for key in ("first", "twin")] == ["stopped", "gradient_hits"]
+    assert records["twin"].rank == records["first"].rank
+    assert search.archive.pareto_front() == []
+
+
+def test_the_same_seed_gives_the_same_race() -> None:
+    def run(seed: int) -> list[tuple[str, float]]:
+        return [(str(r.tree), r.fitness) for r in make_search(HALVING, seed).run().front]
+
+    assert run(1) == run(1)
