@@ -1,6 +1,8 @@
-"""Figure: best and median fitness of the searches by generation."""
+"""Figure: best and median fitness of the searches by generation, and the size of their candidates."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import pandas as pd
@@ -12,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from evoloss.analysis.final import order_methods
 from evoloss.analysis.load import SEARCH_KEYS
 from evoloss.analysis.style import (
+    PANEL_HEIGHT,
     axis_scale,
     describe_failure,
     empty_figure,
@@ -24,7 +27,7 @@ from evoloss.analysis.style import (
 
 
 def draw_search_progress(searches: pd.DataFrame) -> Figure:
-    """Draw one panel per task: the mean over search seeds, and the best of every search.
+    """Draw two panels per task: fitness, and below it complexity; means over search seeds, and every search.
 
     Parameters
     ----------
@@ -34,10 +37,23 @@ def draw_search_progress(searches: pd.DataFrame) -> Figure:
     groups = list(searches.groupby("task"))
     if not groups:
         return empty_figure("No searches.")
-    figure, panels = panel_grid(len(groups), columns=2 if len(groups) in (2, 4) else 3)
-    for axes, (task, group) in zip(panels, groups, strict=True):
-        _draw_panel(axes, group)
-        axes.set_title(str(task), loc="left")
+    columns = min(2 if len(groups) in (2, 4) else 3, len(groups))
+    rows = math.ceil(len(groups) / columns)
+    figure, panels = panel_grid(
+        2 * rows * columns, columns=columns, height=0.75 * PANEL_HEIGHT, height_ratios=(2.0, 1.0)
+    )
+    for place in range(rows * columns):
+        upper = panels[place + place // columns * columns]
+        lower = panels[place + (place // columns + 1) * columns]
+        if place >= len(groups):
+            upper.remove()
+            lower.remove()
+            continue
+        task, group = groups[place]
+        _draw_fitness(upper, group)
+        _draw_complexity(lower, group)
+        upper.set_title(str(task), loc="left")
+        lower.sharex(upper)
     handles = [
         Line2D([], [], color=style.colour, marker=style.marker, linewidth=2, label=name)
         for name, style in (
@@ -46,14 +62,37 @@ def draw_search_progress(searches: pd.DataFrame) -> Figure:
     ]
     handles += [
         Line2D([], [], color="#666666", linewidth=2, label="best, mean of searches"),
-        Line2D([], [], color="#666666", linewidth=0.7, label="best, each search"),
+        Line2D([], [], color="#666666", linewidth=0.7, label="each search"),
         Line2D([], [], color="#666666", linestyle="dashed", label="median, mean of searches"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, handlelength=3)
     return figure
 
 
-def _draw_panel(axes: Axes, group: pd.DataFrame) -> None:
+def _draw_complexity(axes: Axes, group: pd.DataFrame) -> None:
+    for method in order_methods(list(group["method"])):
+        style = method_style(method)
+        mine = group[(group["method"] == method) & group["generation"].notna()]
+        sizes = mine.pivot_table(
+            index="generation", columns="search_seed", values="median_complexity"
+        )
+        axes.plot(sizes.index, sizes, color=style.colour, linewidth=0.7, alpha=0.7)
+        axes.plot(
+            sizes.index,
+            sizes.mean(axis=1),
+            color=style.colour,
+            linestyle="dashed",
+            marker=style.marker,
+            markersize=3.5,
+            linewidth=1.2,
+        )
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("generation")
+    axes.set_ylabel("nodes")
+
+
+def _draw_fitness(axes: Axes, group: pd.DataFrame) -> None:
     metric = group["metric"].dropna().iloc[0] if group["metric"].notna().any() else None
     scale = axis_scale(metric)
     shown = []
@@ -77,7 +116,6 @@ def _draw_panel(axes: Axes, group: pd.DataFrame) -> None:
             shown.append(mean.to_numpy(dtype=float))
     log_axis_if_wide(axes, np.concatenate(shown) if shown else [])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("generation")
     axes.set_ylabel(metric_label(metric, "fitness:"))
     failed = group[group["status"] == "failed"].drop_duplicates(SEARCH_KEYS)
     note_in_panel(axes, [describe_failure(row) for row in failed.to_dict("records")], top=True)

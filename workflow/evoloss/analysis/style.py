@@ -8,6 +8,7 @@ fixed salt for the identifiers in SVG.
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -99,14 +100,23 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def panel_grid(
-    count: int, *, columns: int = 3, width: float = PANEL_WIDTH, height: float = PANEL_HEIGHT
+    count: int,
+    *,
+    columns: int = 3,
+    width: float = PANEL_WIDTH,
+    height: float = PANEL_HEIGHT,
+    height_ratios: Sequence[float] = (1.0,),
 ) -> tuple[Figure, list[Axes]]:
-    """Return a figure with ``count`` panels (one at least), row by row, and room for a legend."""
+    """Return a figure with ``count`` panels (one at least), row by row, and room for a legend.
+
+    ``height`` is the mean height of a panel; ``height_ratios`` are those of the rows, over and over.
+    """
     count = max(count, 1)
     columns = min(columns, count)
     rows = math.ceil(count / columns)
     figure = new_figure(max(columns * width, 5.0), rows * height + 0.5)
-    axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+    ratios = list(itertools.islice(itertools.cycle(height_ratios), rows))
+    axes = figure.subplots(rows, columns, squeeze=False, height_ratios=ratios).ravel().tolist()
     for spare in axes[count:]:
         spare.remove()
     return figure, axes[:count]
