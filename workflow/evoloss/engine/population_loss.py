@@ -7,16 +7,20 @@ propagates it. So the same code serves every network and every loss.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from evoloss.engine.device_losses import copy_programs
 from evoloss.engine.kernels import loss_gradients, mixed_gradients, pack_programs
 from evoloss.expressions import Program, evaluate_program
 from evoloss.tasks import Task
+
+if TYPE_CHECKING:
+    from evoloss.engine.triton_kernels import DevicePrograms
 
 
 class OutputLoss(Protocol):
@@ -75,6 +79,7 @@ class PopulationLoss:
         self.dtype = dtype
         numpy_dtype = np.float32 if dtype == torch.float32 else np.float64
         self._packed = pack_programs(self.programs, numpy_dtype)
+        self._on_device: DevicePrograms | None = None
 
     def select(self, keep: Sequence[int]) -> PopulationLoss:
         """See `OutputLoss`."""
@@ -86,6 +91,8 @@ class PopulationLoss:
     def set_weights(self, weights: NDArray[np.float64]) -> None:
         """Replace all instruction weights, end to end, shape ``(instructions,)``."""
         self._packed.weights[:] = weights
+        if self._on_device is not None:
+            self._on_device.set_weights(self._packed.weights)
 
     def split_weights(self) -> list[NDArray[Any]]:
         """Return every program's current instruction weights."""
@@ -96,13 +103,22 @@ class PopulationLoss:
         """Program p's instructions are ``offsets[p]:offsets[p + 1]`` of the weights."""
         return self._packed.offsets
 
+    def _device_programs(self, device: torch.device) -> DevicePrograms | None:
+        if self._on_device is None:
+            self._on_device = copy_programs(self._packed, device)
+        return self._on_device
+
     def _mean_factor(self, targets: Tensor) -> float:
         return 1.0 / (targets.numel() if self.task.kind == "regression" else targets.shape[0])
 
     def prediction_gradients(self, predictions: Tensor, targets: Tensor) -> Tensor:
         """Return dM_p/df element-wise; ``predictions`` (P or 1, B, C), ``targets`` (B, C) -> (P, B, C)."""
         if predictions.device.type != "cpu":
-            return self.prediction_gradients_by_autograd(predictions, targets)
+            programs = self._device_programs(predictions.device)
+            if programs is None:
+                return self.prediction_gradients_by_autograd(predictions, targets)
+            flat = predictions.detach().flatten(1)
+            return programs.loss_gradients(targets.flatten(), flat).view(-1, *targets.shape)
         _, gradient = loss_gradients(
             self._packed,
             targets.reshape(-1).numpy(),
@@ -133,7 +149,13 @@ class PopulationLoss:
         u = activation_backward(self.task, predictions, direction) * self._mean_factor(targets)
         if outputs.device.type == "cpu":
             return self.weight_gradients_by_kernel(predictions, targets, u)
-        return self.weight_gradients_by_autograd(predictions, targets, u)
+        programs = self._device_programs(outputs.device)
+        if programs is None:
+            return self.weight_gradients_by_autograd(predictions, targets, u)
+        gradient = programs.mixed_gradients(
+            targets.flatten(), predictions.flatten(1), u.detach().flatten(1)
+        )
+        return np.asarray(gradient.double().cpu().numpy())
 
     def weight_gradients_by_kernel(
         self, predictions: Tensor, targets: Tensor, u: Tensor
