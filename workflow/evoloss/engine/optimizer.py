@@ -42,6 +42,11 @@ def update_parameters(
     ``gradients`` are used up. The rules are those of `torch.optim.SGD` and `torch.optim.Adam` (fused: one pass over
     memory).
     """
+    # the fused kernels walk through memory and do not look at strides
+    gradients = [
+        g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
+        for p, g in zip(params, gradients, strict=True)
+    ]
     if settings.optimizer == "adam":
         if not state.first:
             state.first = [torch.zeros_like(p) for p in params]
