@@ -107,3 +107,46 @@ def test_nan_never_becomes_finite() -> None:
         )
         value, _ = loss_gradients(packed, y, np.full((1, 1), np.nan))
         assert np.isnan(value).all(), name
+
+
+@pytest.mark.parametrize(("name", "ulps"), [("log", 1.5), ("tanh", 2.0)])
+def test_elementary_functions_in_float32(name: str, ulps: float) -> None:
+    """They are polynomials of our own there, which LLVM vectorises; float64 is the reference."""
+    rng = np.random.default_rng(0)
+    size = np.exp(rng.uniform(np.log(2e-7), np.log(1e6), 100_000))
+    near = 1.0 + rng.uniform(-0.5, 1.0, 100_000)
+    f = np.concatenate([size, -size, near, -near, [1.0, 1e38, 1.2e-7]]).astype(np.float32)
+    packed = pack_programs([compile_expression(call(name, F))], np.float32)
+    value, _ = loss_gradients(packed, np.zeros_like(f), f[None])
+    exact = {"log": lambda x: np.log(np.abs(x)), "tanh": np.tanh}[name](f.astype(np.float64))
+    assert (np.abs(value[0] - exact) / np.spacing(np.abs(exact).astype(np.float32))).max() <= ulps
+
+
+@pytest.mark.parametrize("size", [1, 127, 128, 129, 300])
+def test_elements_that_do_not_fill_a_block(size: int) -> None:
+    rng = np.random.default_rng(size)
+    y, f, u = rng.uniform(0.1, 1.0, (3, size))
+    program = compile_weighted_tree(call("log", call("mul", call("sub", F, Y), F)))
+    value, gradient, mixed = autograd(program, y, f, u)
+    packed = pack_programs([program], np.float64)
+    v, g = loss_gradients(packed, y, f[None])
+    close(v[0], value, np.abs(value).max())
+    close(g[0], gradient, np.abs(gradient).max())
+    close(mixed_gradients(packed, y, f[None], u[None]), mixed, np.abs(mixed).max())
+
+
+def test_instructions_with_several_users() -> None:
+    """Their adjoints add up: an argument of both sides, of one operator twice, and of another operator."""
+    rng = np.random.default_rng(0)
+    y, f, u = rng.uniform(0.5, 1.0, (3, 150))
+    shared = call("tanh", F)
+    tree = call("add", call("mul", shared, shared), call("aq", call("square", shared), Y))
+    program = compile_expression(tree)
+    assert len(program) == 7
+    program = program.with_loss_params(program.loss_params * 1.3)
+    weights = rng.uniform(0.5, 1.5, len(program))
+    program = Program(program.ops, program.a, program.b, weights, program.trainable)
+    _, gradient, mixed = autograd(program, y, f, u)
+    packed = pack_programs([program], np.float64)
+    close(loss_gradients(packed, y, f[None])[1][0], gradient, np.abs(gradient).max())
+    close(mixed_gradients(packed, y, f[None], u[None]), mixed, np.abs(mixed).max())
