@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -12,8 +13,12 @@ from toy_tasks import make_toy_task
 
 import oracle
 from evoloss.engine import Engine, LocalSearchSettings, TaskLoss, TrainingRun, TrainingSettings
+from evoloss.engine.engine import FAST_PATHS
+from evoloss.engine.general import GeneralPath
+from evoloss.engine.path import Path
 from evoloss.engine.precision import set_gpu_products
 from evoloss.engine.streams import draw_batches
+from evoloss.engine.threads import map_on_threads
 from evoloss.errors import ConfigError
 from evoloss.expressions import Program, compile_weighted_tree, parse_expression
 from evoloss.tasks import Task
@@ -32,12 +37,20 @@ def compile_formulas(*formulas: str) -> list[Program]:
     return [compile_weighted_tree(parse_expression(formula)) for formula in formulas]
 
 
+def make_tasks(kind: str = "classification") -> dict[str, Task]:
+    outputs = 3 if kind == "classification" else 1
+    tasks = {
+        name: make_toy_task(kind, input_shape=shape, num_outputs=outputs, rows=20)
+        for name, shape in {"linear": (6,), "mlp": (6,), "lenet5": (1, 28, 28)}.items()
+    }
+    if kind == "classification":
+        text = make_toy_task(input_shape=(16,), vocabulary_size=12, rows=20)
+        tasks |= {"char_cnn": text, "gru": text}
+    return tasks
+
+
 def make_task(model_name: str) -> Task:
-    if model_name == "lenet5":
-        return make_toy_task(input_shape=(1, 28, 28), rows=20)
-    if model_name in ("char_cnn", "gru"):
-        return make_toy_task(input_shape=(16,), vocabulary_size=12, rows=20)
-    return make_toy_task(rows=20)
+    return make_tasks()[model_name]
 
 
 @pytest.mark.parametrize("model_name", ["linear", "mlp", "lenet5", "char_cnn"])
@@ -161,3 +174,77 @@ def test_bf16_is_close_to_float32(model_name: str) -> None:
         losses[precision] = list(engine.train(loss, 10, 0))[-1].task_loss
     assert losses["bf16"].tolist() != losses["float32"].tolist()
     np.testing.assert_allclose(losses["bf16"], losses["float32"], rtol=0.03)
+
+
+BAD = {
+    "inf": "mul(1e200, square(square(mul(1e200, sub(f(x), y)))))",
+    "nan": "sub(square(mul(1e200, f(x))), square(mul(1e200, add(f(x), y))))",
+    "late": "mul(1000, square(square(square(add(f(x), f(x))))))",
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("path", [*FAST_PATHS, GeneralPath], ids=lambda path: path.name)
+def test_divergence_ends_a_candidate_never_its_neighbours(path: type[Path], bad: str) -> None:
+    """In every path: training and local search go on for the others as if the bad loss were not there."""
+    settings = replace(PLAIN, learning_rate=0.05, momentum=0.9)
+    kind = "regression" if bad == "late" else "classification"
+    for model_name, task in make_tasks(kind).items():
+        engine = Engine(task, model_name, settings, CPU)
+        if path.find_obstacle(engine.task, engine.build_model(0), settings) is None:
+            break
+    else:
+        pytest.skip(f"no model for this path ({kind})")
+    engine.path = path(engine.task, engine.build_model(0), settings)
+    good, other = compile_formulas(FORMULAS[1], "mul(0.5, square(sub(y, f(x))))")
+    (broken,) = compile_formulas(BAD[bad])
+    fitness = engine.compute_fitness([good, broken, other], 12, 0)
+    assert np.isnan(fitness[1])
+    np.testing.assert_allclose(fitness[[0, 2]], engine.compute_fitness([good, other], 12, 0))
+    search = LocalSearchSettings(3, 1, 0.01)
+    tuned = engine.local_search([good, broken, other], search, 1)
+    expected = engine.local_search([good, other], search, 1)
+    np.testing.assert_allclose(tuned[0].weights, expected[0].weights, rtol=1e-9)
+    np.testing.assert_allclose(tuned[2].weights, expected[1].weights, rtol=1e-9)
+    assert np.isfinite(tuned[1].weights).all()
+    if bad != "late":
+        assert tuned[1].weights.tolist() == broken.weights.tolist()
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("model_name", ["mlp", "lenet5", "char_cnn", "gru"])
+def test_threads_change_no_result(model_name: str) -> None:
+    engine = Engine(make_task(model_name), model_name, PLAIN, CPU)
+    engine.path = GeneralPath(engine.task, engine.build_model(0), PLAIN)
+    programs = compile_formulas(*FORMULAS, "mul(0.5, square(sub(y, f(x))))", "abs(sub(y, f(x)))")
+    results = []
+    for threads in (2, 1):
+        torch.set_num_threads(threads)
+        tuned = engine.local_search(programs, LocalSearchSettings(3, 1, 0.01), 1)
+        evaluation = list(engine.train(engine.population_loss(tuned), 5, 0))[-1]
+        results.append((np.concatenate([p.weights for p in tuned]), evaluation.task_loss))
+    for two, one in zip(*results, strict=True):
+        np.testing.assert_allclose(two, one, rtol=1e-9)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_an_error_in_a_thread_is_raised_and_leaves_the_threads_as_they_were() -> None:
+    def work(worker: list[int], item: int) -> int:
+        if item == 3:
+            raise ConfigError("item 3")
+        worker.append(item)
+        return torch.get_num_threads()
+
+    with pytest.raises(ConfigError, match="item 3"):
+        map_on_threads(list[int], work, range(6))
+    assert torch.get_num_threads() == 2
+    assert map_on_threads(list[int], work, range(3)) == [1, 1, 1]
+    assert map_on_threads(list[int], work, range(1)) == [2]
+    assert torch.get_num_threads() == 2

@@ -27,20 +27,20 @@ def map_on_threads(
     if count == 1 or len(items) < 2:
         worker = make_worker()
         return [work(worker, item) for item in items]
-    with ThreadPoolExecutor(
-        min(count, len(items)), initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
-        workers = [make_worker() for _ in range(min(count, len(items)))]
-        free = list(workers)
+    try:
+        with ThreadPoolExecutor(
+            min(count, len(items)), initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool:
+            workers = [make_worker() for _ in range(min(count, len(items)))]
 
-        def run(item: Item) -> Result:
-            worker = free.pop()
-            try:
-                return work(worker, item)
-            finally:
-                free.append(worker)
+            def run(item: Item) -> Result:
+                worker = workers.pop()
+                try:
+                    return work(worker, item)
+                finally:
+                    workers.append(worker)
 
-        results = list(pool.map(run, items))
-    # the setting is a thread's own, but a thread that starts later takes over the last one made
-    torch.set_num_threads(count)
-    return results
+            return list(pool.map(run, items))
+    finally:
+        # the setting is a thread's own, but a thread that starts later takes over the last one made
+        torch.set_num_threads(count)
