@@ -1,0 +1,149 @@
+"""Networks of the convolutional path: layers in a row, run forward, backward and along tangents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evoloss.engine.convolution_fixed_layers import (
+    Activation,
+    AveragePooling,
+    FixedLayer,
+    Flatten,
+    MaxPooling,
+    Padding,
+)
+from evoloss.engine.convolution_layers import (
+    Convolution,
+    Linear,
+    Shape,
+    UnsupportedLayerError,
+    WeightLayer,
+)
+
+_LAYERS: dict[type[nn.Module], tuple[Any, ...]] = {
+    nn.Conv2d: (Padding, Convolution),
+    nn.AvgPool2d: (AveragePooling,),
+    nn.MaxPool2d: (MaxPooling,),
+    nn.Flatten: (Flatten,),
+    nn.Linear: (Linear,),
+    nn.Tanh: (Activation,),
+    nn.ReLU: (Activation,),
+    nn.Sigmoid: (Activation,),
+}
+_OF_IMAGES = (nn.Conv2d, nn.AvgPool2d, nn.MaxPool2d)
+
+
+def list_modules(model: nn.Module) -> list[nn.Module]:
+    """Return the modules of nested `nn.Sequential`, in the order in which they are applied."""
+    if type(model) is not nn.Sequential:
+        return [model]
+    return [module for child in model for module in list_modules(child)]
+
+
+def _check_module(module: nn.Module, shape: Shape) -> None:
+    name = f"nn.{type(module).__name__}"
+    if type(module) not in _LAYERS:
+        raise UnsupportedLayerError(f"a module {type(module).__name__}")
+    if isinstance(module, _OF_IMAGES) and len(shape) != 3:
+        raise UnsupportedLayerError(f"{name} of inputs that are no images")
+    if isinstance(module, nn.Conv2d):
+        if module.groups != 1 or module.dilation != (1, 1):
+            raise UnsupportedLayerError(f"{name} with groups or dilation")
+        if module.padding_mode != "zeros":
+            raise UnsupportedLayerError(f"{name} padded with something else than zeros")
+    if not all(p.requires_grad for p in module.parameters()):
+        raise UnsupportedLayerError(f"{name} with frozen parameters")
+
+
+class Network:
+    """The layers of a model for one batch size, with their buffers; parameters are given to every method.
+
+    ``params`` are in the order of ``model.parameters()``. Activations are lists: the output of `enter` (or its like),
+    then every layer's output; they are overwritten by the next `forward` or `tangent`. What comes before the first
+    weight is the same for all candidates: `enter` computes it.
+
+    Raises
+    ------
+    UnsupportedLayerError
+        If the model has a module that no layer stands for, or does not fit inputs of ``shape``.
+    """
+
+    def __init__(self, model: nn.Module, shape: Shape, batch: int, dtype: torch.dtype) -> None:
+        self._input = (*shape, batch)
+        self._dtype = dtype
+        self._entry: list[FixedLayer] = []
+        self._layers: list[tuple[FixedLayer | WeightLayer, slice]] = []
+        modules = list_modules(model)
+        if len({id(m) for m in modules}) < len(modules):
+            raise UnsupportedLayerError("a module that is used twice")
+        count = 0
+        for module in modules:
+            _check_module(module, shape)
+            for kind in _LAYERS[type(module)]:
+                layer = kind(module, shape, batch, dtype)
+                shape = layer.shape
+                own = slice(count, count)
+                if isinstance(layer, WeightLayer):
+                    count += len(list(module.parameters()))
+                    own = slice(own.start, count)
+                elif not self._layers:
+                    self._entry.append(layer)
+                    continue
+                self._layers.append((layer, own))
+        if len(shape) != 1:
+            raise UnsupportedLayerError("outputs that are not flat")
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Return what the first layer with weights gets for at most a batch of samples, zeros filling it up."""
+        inputs = torch.zeros(self._input, dtype=self._dtype)
+        inputs[..., : len(x)] = x.permute(1, 2, 3, 0)
+        for layer in self._entry:
+            inputs = layer.forward(inputs)
+        return inputs.clone() if self._entry else inputs
+
+    def forward(self, params: Sequence[Tensor], entered: Tensor) -> list[Tensor]:
+        """Return all activations; the last is the output (outputs, batch)."""
+        activations = [entered]
+        for layer, own in self._layers:
+            x = activations[-1]
+            if isinstance(layer, WeightLayer):
+                activations.append(layer.forward(params[own], x))
+            else:
+                activations.append(layer.forward(x))
+        return activations
+
+    def backward(
+        self, params: Sequence[Tensor], activations: Sequence[Tensor], upstream: Tensor
+    ) -> list[Tensor]:
+        """Return the gradients by all parameters, given that by the output, which may be overwritten."""
+        gradients: list[Tensor] = []
+        dy = upstream
+        for i in range(len(self._layers) - 1, -1, -1):
+            layer, own = self._layers[i]
+            x, y = activations[i : i + 2]
+            if not isinstance(layer, WeightLayer):
+                dy = layer.backward(x, y, dy)
+                continue
+            gradients = layer.weight_gradients(params[own], x, dy) + gradients
+            if i > 0:
+                dy = layer.backward(params[own], dy)
+        return gradients
+
+    def tangent(
+        self, params: Sequence[Tensor], activations: Sequence[Tensor], dparams: Sequence[Tensor]
+    ) -> Tensor:
+        """Return the derivative of the output along ``dparams``."""
+        dy = activations[0]
+        for i, (layer, own) in enumerate(self._layers):
+            x, y = activations[i : i + 2]
+            if not isinstance(layer, WeightLayer):
+                dy = layer.tangent(x, y, dy)
+                continue
+            dx, dy = dy, layer.forward(dparams[own], x)
+            if i > 0:
+                dy = layer.add_linear(params[own], dx)
+        return dy
