@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from evoloss.engine.batched import BatchedPath
 from evoloss.engine.check_model import check_model
 from evoloss.engine.dense import DensePath
 from evoloss.engine.general import GeneralPath
@@ -35,7 +36,7 @@ from evoloss.tasks import Split, Task, build_model
 
 logger = logging.getLogger(__name__)
 
-FAST_PATHS: tuple[type[Path], ...] = (LinearPath, DensePath)
+FAST_PATHS: tuple[type[Path], ...] = (LinearPath, DensePath, BatchedPath)
 """In order of preference; the general path handles what none of them does."""
 
 CURVE_ROWS = 500
