@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path as FilePath
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from toy_tasks import make_toy_task
 
 import oracle
+from evoloss.config import read_config
 from evoloss.engine import Engine, LocalSearchSettings, TaskLoss, TrainingRun, TrainingSettings
 from evoloss.engine.engine import FAST_PATHS
 from evoloss.engine.general import GeneralPath
@@ -21,6 +23,8 @@ from evoloss.engine.streams import draw_batches
 from evoloss.engine.threads import map_on_threads
 from evoloss.errors import ConfigError
 from evoloss.expressions import Program, compile_weighted_tree, parse_expression
+from evoloss.search.gp_search import GPSearch
+from evoloss.stages.searching import build_search_settings
 from evoloss.tasks import Task
 
 CPU = torch.device("cpu")
@@ -248,3 +252,21 @@ def test_an_error_in_a_thread_is_raised_and_leaves_the_threads_as_they_were() ->
     assert map_on_threads(list[int], work, range(3)) == [1, 1, 1]
     assert map_on_threads(list[int], work, range(1)) == [2]
     assert torch.get_num_threads() == 2
+
+
+def test_a_search_averages_over_networks() -> None:
+    """The configured number reaches the fitness: that of the best loss is found again by hand."""
+    config = read_config(FilePath(__file__).parents[2] / "workflow" / "presets" / "tiny.yaml")
+    search = {**config["search"], "num_networks": 3, "population_size": 8, "racing_reduction": 1}
+    settings = build_search_settings(search, {})
+    engine = Engine(make_toy_task(), "linear", PLAIN, CPU)
+    (best, *_) = GPSearch(engine, settings, 0).run().front
+    programs = [compile_weighted_tree(best.tree)]
+    values = [
+        engine.compute_fitness(programs, settings.fitness_steps, 0, "fitness", num_networks=count)[
+            0
+        ]
+        for count in (3, 1)
+    ]
+    assert best.fitness == pytest.approx(values[0], rel=1e-12)
+    assert values[0] != values[1]

@@ -66,17 +66,20 @@ def run_race(
     settings: RacingSettings,
     rung_scores: RungScores,
     *stream: int | str,
+    num_networks: int = 1,
 ) -> RaceResult:
     """Train with every loss and stop those that fall behind; the scores at the rungs are added to ``rung_scores``.
 
     Candidates with equal scores share their fate, so the result does not depend on their order. Diverged candidates
-    leave at the next rung. ``stream`` as in `TrainingRun`: it must be the same for all scores of ``rung_scores``.
+    leave at the next rung. ``stream`` and ``num_networks`` as in `TrainingRun`: they must be the same for all
+    scores of ``rung_scores``.
     """
     size = len(programs)
     result = RaceResult(np.full(size, np.nan), np.zeros(size, dtype=np.int64))
     if size == 0:
         return result
-    run = TrainingRun(engine, engine.population_loss(programs), num_steps, *stream)
+    loss = engine.population_loss(programs)
+    run = TrainingRun(engine, loss, num_steps, *stream, num_networks=num_networks)
     running = np.arange(size)
     for rung in settings.list_rungs(num_steps):
         run.advance(rung)

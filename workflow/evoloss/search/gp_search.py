@@ -59,6 +59,7 @@ class SearchSettings:
     rejection: RejectionSettings
     local_search: LocalSearchSettings | None
     initial_deviation: float
+    num_networks: int = 1
     racing: RacingSettings = field(default_factory=RacingSettings)
 
 
@@ -202,6 +203,7 @@ class GPSearch:
             self.archive.rung_scores,
             self.search_seed,
             "fitness",
+            num_networks=self.settings.num_networks,
         )
         self._counts["training_steps"] += int(race.steps.sum())
         for (key, program, gradient_key), fitness, steps in zip(

@@ -52,6 +52,7 @@ def build_search_settings(
         if local_search
         else None,
         initial_deviation=local_search.get("initial_deviation", 0.0),
+        num_networks=search["num_networks"],
         racing=RacingSettings(search["racing_reduction"], search["racing_first_rung"]),
     )
 
