@@ -7,7 +7,7 @@ fast one) by the model, never the caller.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from evoloss.engine.batched import BatchedPath
 from evoloss.engine.check_model import check_model
+from evoloss.engine.convolutional import ConvolutionalPath
 from evoloss.engine.dense import DensePath
 from evoloss.engine.general import GeneralPath
 from evoloss.engine.linear import LinearPath
@@ -25,6 +26,7 @@ from evoloss.engine.memory import Chunk, Chunks
 from evoloss.engine.path import Context, Path
 from evoloss.engine.population_loss import OutputLoss, PopulationLoss
 from evoloss.engine.precision import Bfloat16Layers, set_gpu_products
+from evoloss.engine.safe_point import SafePoint
 from evoloss.engine.settings import TrainingSettings
 from evoloss.engine.streams import Batch
 from evoloss.engine.training_run import Evaluation, TrainingRun
@@ -36,7 +38,7 @@ from evoloss.tasks import Split, Task, build_model
 
 logger = logging.getLogger(__name__)
 
-FAST_PATHS: tuple[type[Path], ...] = (LinearPath, DensePath, BatchedPath)
+FAST_PATHS: tuple[type[Path], ...] = (LinearPath, DensePath, ConvolutionalPath, BatchedPath)
 """In order of preference; the general path handles what none of them does."""
 
 CURVE_ROWS = 500
@@ -198,11 +200,13 @@ class Engine:
         settings: LocalSearchSettings,
         *stream: int | str,
         on_step: Callable[[int, NDArray[np.float64], list[Program]], None] | None = None,
+        resume: Mapping[str, Any] | None = None,
+        at_safe_point: SafePoint | None = None,
     ) -> list[Program]:
         """Optimise the loss parameters of every program; see `evoloss.engine.local_search`.
 
         ``on_step`` is called after every meta-step with its number (from 1), the outer losses before it (P,), and the
-        programs.
+        programs. ``resume`` is the progress that ``at_safe_point`` was given in an earlier process.
 
         Raises
         ------
@@ -218,4 +222,6 @@ class Engine:
             return list(programs)
         if self._meta_steps is None or not self._meta_steps.belong_to(settings, stream):
             self._meta_steps = MetaSteps(self, settings, *stream)
-        return run_local_search(self, programs, self._meta_steps, settings, on_step)
+        return run_local_search(
+            self, programs, self._meta_steps, settings, on_step, resume, at_safe_point
+        )

@@ -6,15 +6,16 @@ batches for every candidate of a search, so that what depends on them alone is c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from evoloss.engine.path import Context
+from evoloss.engine.safe_point import SafePoint
 from evoloss.engine.streams import draw_batches
 from evoloss.expressions import Program
 
@@ -76,10 +77,13 @@ def run_local_search(
     steps: MetaSteps,
     settings: LocalSearchSettings,
     on_step: Callable[[int, NDArray[np.float64], list[Program]], None] | None = None,
+    resume: Mapping[str, Any] | None = None,
+    at_safe_point: SafePoint | None = None,
 ) -> list[Program]:
     """Return the programs with optimised loss parameters.
 
-    A gradient that is not finite ends that candidate's search where it stands. ``on_step``: see `Engine.local_search`.
+    A gradient that is not finite ends that candidate's search where it stands. ``on_step``, ``resume`` and
+    ``at_safe_point``: see `Engine.local_search`.
     """
     current = list(programs)
     loss = engine.population_loss(current)
@@ -88,7 +92,18 @@ def run_local_search(
     weights = torch.from_numpy(np.concatenate([program.weights for program in current]))
     adam = torch.optim.Adam([weights], lr=settings.meta_learning_rate, foreach=False)
     alive = np.ones(len(current), dtype=bool)
-    for step in range(len(steps)):
+    first = 0
+    if resume is not None:
+        first, alive = resume["step"], np.array(resume["alive"])
+        weights.copy_(resume["weights"])
+        adam.state[weights] = dict(resume["adam"])
+        loss.set_weights(weights.numpy())
+
+    def describe_progress() -> dict[str, Any]:
+        moments = dict(adam.state[weights])
+        return {"step": step + 1, "alive": alive.tolist(), "weights": weights, "adam": moments}
+
+    for step in range(first, len(steps)):
         values, gradient = engine.meta_gradients(steps[step], loss)
         bad = np.zeros(len(current), dtype=bool)
         np.logical_or.at(bad, owner, ~np.isfinite(gradient) & trainable)
@@ -103,6 +118,8 @@ def run_local_search(
             current = _with_weights(current, weights.numpy(), loss.offsets)
         if on_step is not None:
             on_step(step + 1, values, current)
+        if at_safe_point is not None and step < len(steps) - 1:
+            at_safe_point(describe_progress)
     return current
 
 

@@ -9,13 +9,15 @@ MLSys 2020). Common random numbers make those scores comparable: same initial pa
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from evoloss.engine.safe_point import SafePoint
 from evoloss.engine.training_run import TrainingRun
 from evoloss.expressions import Program
 
@@ -67,12 +69,15 @@ def run_race(
     rung_scores: RungScores,
     *stream: int | str,
     num_networks: int = 1,
+    resume: Mapping[str, Any] | None = None,
+    at_safe_point: SafePoint | None = None,
 ) -> RaceResult:
     """Train with every loss and stop those that fall behind; the scores at the rungs are added to ``rung_scores``.
 
     Candidates with equal scores share their fate, so the result does not depend on their order. Diverged candidates
     leave at the next rung. ``stream`` and ``num_networks`` as in `TrainingRun`: they must be the same for all
     scores of ``rung_scores``.
+    ``resume`` is the progress that ``at_safe_point`` was given in an earlier process.
     """
     size = len(programs)
     result = RaceResult(np.full(size, np.nan), np.zeros(size, dtype=np.int64))
@@ -81,8 +86,24 @@ def run_race(
     loss = engine.population_loss(programs)
     run = TrainingRun(engine, loss, num_steps, *stream, num_networks=num_networks)
     running = np.arange(size)
+    if resume is not None:
+        result = RaceResult(np.array(resume["fitness"]), np.array(resume["steps"]))
+        running = np.array(resume["running"])
+        run.keep(running.tolist())
+        run.restore(resume["run"])
+
+    def describe_progress() -> dict[str, Any]:
+        return {
+            "fitness": result.fitness.tolist(),
+            "steps": result.steps.tolist(),
+            "running": running.tolist(),
+            "run": run.describe(),
+        }
+
     for rung in settings.list_rungs(num_steps):
-        run.advance(rung)
+        if rung < run.step:
+            continue
+        run.advance(rung, at_safe_point and partial(at_safe_point, describe_progress))
         scores = run.evaluate("validation").metric
         result.fitness[running] = scores
         result.steps[running] = rung

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,12 +13,16 @@ from numpy.typing import NDArray
 from evoloss.engine.memory import Chunk
 from evoloss.engine.population_loss import OutputLoss
 from evoloss.engine.precision import set_gpu_products
+from evoloss.engine.snapshot import restore_snapshot, take_snapshot
 from evoloss.engine.streams import draw_batches
 
 if TYPE_CHECKING:
     from evoloss.engine.engine import Engine
 
 Result = TypeVar("Result")
+
+SAFE_STEPS = 50
+"""Training steps between two safe points."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +80,32 @@ class TrainingRun:
             engine.training_chunks.split(numbers)
         )
 
-    def advance(self, step: int) -> None:
-        """Train on until ``step`` steps are done in all."""
-        self.step = step
-        self._visit(lambda part: None)
+    def advance(self, step: int, at_safe_point: Callable[[], None] | None = None) -> None:
+        """Train on until ``step`` steps are done in all; ``at_safe_point`` is called every `SAFE_STEPS` of them."""
+        while self.step < step:
+            self.step = min(step, self.step + SAFE_STEPS) if at_safe_point else step
+            self._visit(lambda part: None)
+            if at_safe_point is not None:
+                at_safe_point()
+
+    def describe(self) -> dict[str, Any]:
+        """Return the progress, to be saved at a safe point."""
+        parts = [
+            [list(networks), part.step, take_snapshot(part.state)]
+            for networks, part in self._parts.items()
+            if part is not None
+        ]
+        return {"step": self.step, "parts": parts}
+
+    def restore(self, progress: Mapping[str, Any]) -> None:
+        """Go on from what `describe` returned for the same losses."""
+        self.step = progress["step"]
+        self._parts = {}
+        for numbers, step, snapshot in progress["parts"]:
+            part = self._start(tuple(numbers))
+            part.state = restore_snapshot(part.state, snapshot)
+            part.step = step
+            self._parts[tuple(numbers)] = part
 
     def keep(self, chosen: Sequence[int]) -> None:
         """Go on with the losses of these numbers alone; they are numbered anew, in this order."""

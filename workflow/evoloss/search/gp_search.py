@@ -11,11 +11,14 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
+from evoloss.checkpoint import Checkpoints
 from evoloss.engine import Engine, LocalSearchSettings
 from evoloss.engine.filters import (
     RejectionSettings,
@@ -23,15 +26,24 @@ from evoloss.engine.filters import (
     run_rejection_protocol,
 )
 from evoloss.engine.racing import RacingSettings, run_race
+from evoloss.engine.safe_point import SafePoint
 from evoloss.expressions import (
     Expression,
     Program,
     compile_weighted_tree,
+    format_text,
+    parse_expression,
     program_to_expression,
 )
 from evoloss.expressions.canonical import canonical_key
 from evoloss.search.archive import WORST, Archive, Record
 from evoloss.search.individuals import Individual, Variation, VariationSettings, to_expression
+from evoloss.search.search_state import (
+    describe_archive,
+    describe_random,
+    restore_archive,
+    restore_random,
+)
 from evoloss.seeding import derive_seed, global_random, numpy_generator
 
 PHASES = ("local_search", "rejection", "fitness")
@@ -72,9 +84,19 @@ class SearchResult:
 
 
 class GPSearch:
-    """One search with one seed. ``on_generation`` is called with each finished history row."""
+    """One search with one seed. ``on_generation`` is called with each finished history row.
 
-    def __init__(self, engine: Engine, settings: SearchSettings, search_seed: int) -> None:
+    With ``checkpoints`` it saves its state after every generation and, within one, at the checkpoints' interval; it
+    goes on from there, with the result of an undisturbed search.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        settings: SearchSettings,
+        search_seed: int,
+        checkpoints: Checkpoints | None = None,
+    ) -> None:
         self.engine = engine
         self.settings = settings
         self.search_seed = search_seed
@@ -84,26 +106,62 @@ class GPSearch:
         self._generation = 0
         self._counts: Counter[str] = Counter()
         self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._population: list[Individual] = []
+        self._history: list[dict[str, Any]] = []
+        self._checkpoints = checkpoints
+        self._resume: dict[str, Any] = {}
+        self._tuned: list[Program] = []
 
     def run(self, on_generation: Callable[[dict[str, Any]], None] | None = None) -> SearchResult:
-        """Run all generations (the initial population is generation 0)."""
-        population: list[Individual] = []
-        history = []
-        for generation in range(self.settings.num_generations + 1):
+        """Run all generations (the initial population is generation 0), from the checkpoint if there is one."""
+        self._start()
+        while True:
             started = time.perf_counter()
-            self._generation = generation
-            with global_random(self._random):
-                population = (
-                    self.variation.next_generation(population)
-                    if population
-                    else self.variation.initial_population(self.settings.population_size)
-                )
-            self._evaluate(population)
-            row = self._describe(population, time.perf_counter() - started)
-            history.append(row)
+            self._evaluate(self._population)
+            row = self._describe(self._population, time.perf_counter() - started)
+            self._history.append(row)
             if on_generation is not None:
                 on_generation(row)
-        return SearchResult(self.archive.pareto_front(), history)
+            if self._generation == self.settings.num_generations:
+                return SearchResult(self.archive.pareto_front(), self._history)
+            with global_random(self._random):
+                self._population = self.variation.next_generation(self._population)
+            self._generation += 1
+            self._resume = {}
+            if self._checkpoints is not None:
+                self._checkpoints.reach_safe_point(self._describe_state, due=True)
+
+    def _start(self) -> None:
+        state = self._checkpoints.load() if self._checkpoints is not None else None
+        if state is None:
+            with global_random(self._random):
+                self._population = self.variation.initial_population(self.settings.population_size)
+            return
+        self._generation = state["generation"]
+        self._history = state["history"]
+        self._resume = state["progress"]
+        self.archive = restore_archive(state["archive"])
+        restore_random(self._random, state["random"])
+        self._population = [
+            self.variation.build_individual(parse_expression(tree)) for tree in state["population"]
+        ]
+
+    def _describe_state(self, **progress: Any) -> dict[str, Any]:
+        """Return the state before the evaluation of the current generation, and how far that has come."""
+        return {
+            "generation": self._generation,
+            "history": self._history,
+            "archive": describe_archive(self.archive, before=self._generation),
+            "random": describe_random(self._random),
+            "population": [format_text(to_expression(i)) for i in self._population],
+            "progress": progress,
+        }
+
+    def _reach_safe_point(self, name: str, get_progress: Callable[[], Any]) -> None:
+        if self._checkpoints is not None:
+            self._checkpoints.reach_safe_point(
+                lambda: self._describe_state(**{name: get_progress()})
+            )
 
     def _evaluate(self, population: list[Individual]) -> None:
         """Give every individual its fitness; filters in the paper's order."""
@@ -156,11 +214,7 @@ class GPSearch:
             else:
                 started[key] = program
         clock = time.perf_counter()
-        programs = list(started.values())
-        if s.local_search is not None:
-            programs = self.engine.local_search(
-                programs, s.local_search, self.search_seed, "local search"
-            )
+        programs = self._tuned = self._run_local_search(list(started.values()))
         clock = self._lap("local_search", clock)
         result = run_rejection_protocol(self.engine, programs, s.rejection, self.search_seed)
         clock = self._lap("rejection", clock)
@@ -177,7 +231,7 @@ class GPSearch:
             else:
                 first.add(gradient_key)
                 pending.append((key, program, gradient_key))
-        self._run_fitness(pending, fresh)
+        self._run_fitness(pending, fresh, self._resume.get("fitness"), self._reach_fitness_point)
         orphans = []
         for key, program, gradient_key in twins:
             twin = self.archive.key_by_gradient.get(gradient_key)
@@ -191,8 +245,38 @@ class GPSearch:
         self._run_fitness(orphans, fresh)
         self._lap("fitness", clock)
 
+    def _run_local_search(self, programs: list[Program]) -> list[Program]:
+        """Optimise the weights; a resumed generation takes them from the checkpoint as far as it has them."""
+        s = self.settings
+        if s.local_search is None:
+            return programs
+        if "fitness" in self._resume:
+            done = self._resume["fitness"]["weights"]
+            return [replace(p, weights=w.numpy()) for p, w in zip(programs, done, strict=True)]
+        return self.engine.local_search(
+            programs,
+            s.local_search,
+            self.search_seed,
+            "local search",
+            resume=self._resume.get("local_search"),
+            at_safe_point=partial(self._reach_safe_point, "local_search"),
+        )
+
+    def _reach_fitness_point(self, get_race: Callable[[], Any]) -> None:
+        self._reach_safe_point(
+            "fitness",
+            lambda: {
+                "weights": [torch.from_numpy(program.weights) for program in self._tuned],
+                "race": get_race(),
+            },
+        )
+
     def _run_fitness(
-        self, pending: list[tuple[str, Program, bytes]], fresh: dict[str, Expression]
+        self,
+        pending: list[tuple[str, Program, bytes]],
+        fresh: dict[str, Expression],
+        resume: dict[str, Any] | None = None,
+        at_safe_point: SafePoint | None = None,
     ) -> None:
         """Train with the losses (key, program, gradient fingerprint) and remember how they did."""
         race = run_race(
@@ -204,6 +288,8 @@ class GPSearch:
             self.search_seed,
             "fitness",
             num_networks=self.settings.num_networks,
+            resume=resume and resume["race"],
+            at_safe_point=at_safe_point,
         )
         self._counts["training_steps"] += int(race.steps.sum())
         for (key, program, gradient_key), fitness, steps in zip(

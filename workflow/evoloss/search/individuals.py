@@ -14,7 +14,7 @@ from typing import Any
 from deap import base, gp, tools
 
 from evoloss.expressions import OPERATORS, Expression, F, Y, call, constant
-from evoloss.expressions.operators import LABEL, PREDICTION
+from evoloss.expressions.operators import CONSTANT, LABEL, PREDICTION
 
 ARITHMETIC = ("add", "sub", "mul", "aq")
 
@@ -118,12 +118,27 @@ class Variation:
     def __init__(self, settings: VariationSettings) -> None:
         self.settings = settings
         self.primitives = build_primitive_set(settings.operators)
+        (terminals,) = self.primitives.terminals.values()
+        self._constants = [t for t in terminals if isinstance(t.value, float)]
         limit = gp.staticLimit(operator.attrgetter("height"), settings.max_height)
         self._crossover = limit(gp.cxOnePoint)
         self._mutate = limit(gp.mutUniform)
 
     def _finish(self, tree: Any) -> Individual:
         return repair(Individual(tree), self.primitives, self.settings.max_height)
+
+    def build_individual(self, tree: Expression) -> Individual:
+        """Return the individual of ``tree``: what `to_expression` made it from."""
+        content: list[Any] = []
+        pending = [tree]
+        while pending:
+            node = pending.pop()
+            if node.symbol == CONSTANT:
+                content += [t for t in self._constants if t.value == node.value]
+            else:
+                content.append(self.primitives.mapping[node.symbol])
+            pending.extend(reversed(node.args))
+        return Individual(content)
 
     def initial_population(self, size: int) -> list[Individual]:
         """Return ``size`` repaired trees, ramped half-and-half."""
