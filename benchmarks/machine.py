@@ -1,0 +1,79 @@
+"""Where and when a result was measured, and how fast that machine multiplies matrices."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evoloss.results import provenance
+
+GEMM_SIZE = 1024
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Return processor, cores, threads, versions, commit and date (UTC)."""
+    origin = provenance()
+    return {
+        "cpu": _read_cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": origin["commit"],
+        "uncommitted_changes": origin["dirty"],
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def _read_cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def time_call(device: torch.device, call: Callable[[], Any]) -> tuple[float, Any]:
+    """Return seconds and result of ``call``; what it started on a GPU has ended."""
+    _wait(device)
+    started = time.perf_counter()
+    result = call()
+    _wait(device)
+    return time.perf_counter() - started, result
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure_gemm_peak(device: torch.device, repeats: int = 5) -> float:
+    """Return the float32 matrix-product rate (FLOP/s) at 1024 x 1024: the best of ``repeats``."""
+    a = torch.rand(GEMM_SIZE, GEMM_SIZE, device=device)
+    out = torch.empty_like(a)
+    seconds = [time_call(device, lambda: torch.mm(a, a, out=out))[0] for _ in range(repeats + 1)]
+    return float(2 * GEMM_SIZE**3 / min(seconds[1:]))
+
+
+def read_peak_memory() -> int:
+    """Return the most memory this process has held so far, in bytes (resident set)."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # not ru_maxrss, which a child process inherits from its parent
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

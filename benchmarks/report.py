@@ -1,0 +1,171 @@
+"""Tables of results in Markdown, and the block of ``benchmarks/README.md`` that they fill."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from evoloss.errors import DataError
+
+BEGIN, END = "<!-- results: begin (written by --update-readme) -->", "<!-- results: end -->"
+
+
+def format_seconds(seconds: float) -> str:
+    """Return seconds with three digits and a readable unit."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if seconds * factor >= 1.0:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
+
+
+def format_spread(summary: Mapping[str, Any], form: str) -> str:
+    """Return ``median (least-greatest)``, each number in the format ``form``."""
+    median, least, greatest = (format(summary[name], form) for name in ("median", "min", "max"))
+    return f"{median} ({least}-{greatest})"
+
+
+def make_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def describe_origin(section: Mapping[str, Any]) -> str:
+    """Return one line about machine, versions, commit and date of a section."""
+    machine = section["machine"]
+    threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
+    where = machine["cpu"] if machine["device"] == "cpu" else machine["device"]
+    commit = (machine["commit"] or "no repository")[:7]
+    changed = " with uncommitted changes" if machine["uncommitted_changes"] else ""
+    return (
+        f"{where}, {threads} of {machine['cores']} cores, torch {machine['torch']}, commit {commit}{changed}, "
+        f"{machine['date']} UTC, load {machine['load_average']:.1f} at the start."
+    )
+
+
+def format_timing(results: Mapping[str, Any]) -> str:
+    """Return the table of times, ratios and GEMM shares."""
+    rows = []
+    for name, workload in results.items():
+        for phase, r in workload["phases"].items():
+            part = "all" if r["steps_run"] == r["steps"] else f"{r['steps_run']} of {r['steps']}"
+            rows.append(
+                [
+                    name,
+                    phase,
+                    workload["path"],
+                    part,
+                    format_seconds(r["engine_seconds_per_candidate"]["median"]),
+                    format_seconds(r["engine_seconds_per_candidate_first_generation"]["median"]),
+                    format_seconds(r["oracle_seconds_per_candidate"]["median"]),
+                    format_spread(r["speedup"], ".3g"),
+                    format_spread(r["gemm_share"], ".0%") if r["gemm_share"] else "",
+                ]
+            )
+    header = [
+        "workload", "phase", "path", "steps run", "engine", "engine, first generation", "sequential autograd",
+        "ratio (min-max)", "share of GEMM peak",
+    ]  # fmt: skip
+    notes = [
+        f"{name}: {workload['population']} candidates"
+        + (f" x {workload['networks']} networks" if workload["networks"] > 1 else "")
+        + f" of {workload['nodes']['min']} to {workload['nodes']['max']} nodes"
+        + (
+            f", peak memory {workload['peak_memory'] / 2**20:.0f} MiB"
+            if workload.get("peak_memory")
+            else ""
+        )
+        for name, workload in results.items()
+    ]
+    return make_table(header, rows) + "\n\nTimes are per candidate. " + "; ".join(notes) + "."
+
+
+def format_accuracy(results: Mapping[str, Any]) -> str:
+    """Return the table of float32 errors."""
+    rows = []
+    for name, r in results.items():
+        for what, title in (("meta_gradient", "meta-gradient"), ("phi", "phi after {} steps")):
+            found = r[what]
+            plain = found.get("oracle_float32")
+            rows.append(
+                [
+                    name,
+                    title.format(found.get("meta_steps")),
+                    f"{found['trees']} ({found['left_out']} left out)",
+                    f"{found['engine_float32']['median']:.1e}",
+                    f"{found['engine_float32']['max']:.1e}",
+                    f"{plain['median']:.1e}, {plain['max']:.1e}" if plain else "",
+                ]
+            )
+    header = ["workload", "what", "trees", "median error", "largest error", "autograd in float32"]
+    return make_table(header, rows)
+
+
+def format_scaling(results: Mapping[str, Any]) -> str:
+    """Return the table of log-log slopes."""
+    rows = []
+    for workload, lines in results.items():
+        for variable, line in lines.items():
+            slopes = ", ".join(f"{p} {slope:.2f}" for p, slope in line["slope_seconds"].items())
+            span = f"{min(line['values']):.3g} to {max(line['values']):.3g}"
+            memory = f"{max(line['peak_memory']) / 2**20:.0f} MiB"
+            rows.append([workload, variable, span, slopes, f"{line['slope_memory']:.2f}", memory])
+    header = ["workload", "variable", "range", "slope of seconds", "of memory", "most memory"]
+    return make_table(header, rows) + "\n\n![Cost and memory](scaling.png)"
+
+
+def format_searches(results: Mapping[str, Any]) -> str:
+    """Return the table of whole searches."""
+    rows = [
+        [
+            name,
+            f"{r['population']} x {r['generations']}",
+            format_seconds(r["seconds"]),
+            str(r["evaluated"]),
+            f"{r['best_fitness']:.4g}" if r["best_fitness"] is not None else "none",
+            f"`{r['best_expression']}`",
+        ]
+        for name, r in results.items()
+    ]
+    header = [
+        "search",
+        "candidates x generations",
+        "wall-clock",
+        "trained",
+        "best fitness",
+        "best loss",
+    ]
+    return make_table(header, rows)
+
+
+SECTIONS = {
+    "workloads": ("Engine against sequential autograd", format_timing),
+    "searches": ("Whole searches", format_searches),
+    "accuracy": ("Accuracy of float32", format_accuracy),
+    "scaling": ("Scaling", format_scaling),
+}
+"""Section of the JSON file: heading and table."""
+
+
+def format_section(name: str, section: Mapping[str, Any]) -> str:
+    """Return heading, origin and table of one section."""
+    heading, form = SECTIONS[name]
+    return f"### {heading}\n\n{describe_origin(section)}\n\n{form(section['results'])}"
+
+
+def update_readme(path: Path, results: Mapping[str, Any]) -> None:
+    """Replace the block between the two marks by the tables of ``results``.
+
+    Raises
+    ------
+    DataError
+        If the marks are missing.
+    """
+    text = path.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise DataError(f"{path} lacks the marks {BEGIN!r} and {END!r}")
+    before, rest = text.split(BEGIN, 1)
+    after = rest.split(END, 1)[1]
+    block = "\n\n".join(format_section(n, results[n]) for n in SECTIONS if n in results)
+    path.write_text(f"{before}{BEGIN}\n\n{block}\n\n{END}{after}", encoding="utf-8")

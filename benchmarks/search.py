@@ -1,0 +1,44 @@
+"""A whole search under the paper's settings, by the clock."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from benchmarks.workloads import read_paper_section
+from evoloss.engine import Engine
+from evoloss.search.gp_search import PHASES, GPSearch, SearchSettings
+from evoloss.stages.searching import ProgressLog, build_search_settings
+
+logger = logging.getLogger(__name__)
+
+
+def read_paper_search(task: str) -> SearchSettings:
+    """Return the search (evomal) of a task of the paper's preset."""
+    return build_search_settings(
+        read_paper_section("search", task), read_paper_section("local_search", task)
+    )
+
+
+def run_search(engine: Engine, settings: SearchSettings, seed: int) -> dict[str, Any]:
+    """Run one search; return its wall-clock, seconds by phase, counts of candidates, and the best loss."""
+    started = time.perf_counter()
+    result = GPSearch(engine, settings, seed).run(ProgressLog(settings.num_generations))
+    seconds = time.perf_counter() - started
+    best = result.front[0] if result.front else None
+    return {
+        "seed": seed,
+        "path": engine.path.name,
+        "population": settings.population_size,
+        "generations": settings.num_generations,
+        "seconds": seconds,
+        "seconds_by_phase": {
+            phase: sum(row[f"seconds_{phase}"] for row in result.history) for phase in PHASES
+        },
+        "candidates": sum(row["candidates"] for row in result.history),
+        "evaluated": sum(row["evaluated"] for row in result.history),
+        "best_expression": str(best.expression) if best else None,
+        "best_fitness": best.fitness if best else None,
+        "best_complexity": best.complexity if best else None,
+    }

@@ -1,0 +1,234 @@
+"""The benchmarks run, refuse to report what disagrees, and count what they say they count."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from toy_tasks import make_toy_task
+
+from benchmarks import report
+from benchmarks.__main__ import main
+from benchmarks.accuracy import measure_local_searches, measure_meta_gradients
+from benchmarks.candidates import SIZES, draw_candidates, move_by_one_ulp, negate
+from benchmarks.flops import count_meta_step, count_training_step, read_layers
+from benchmarks.phases import FitnessPhase, make_phases
+from benchmarks.plot import draw_scaling
+from benchmarks.point import Point, PointError, measure_point, run_point
+from benchmarks.scaling import Ranges, fit_slope, measure_scaling
+from benchmarks.search import read_paper_search, run_search
+from benchmarks.timing import DisagreementError, TimingOptions, measure_workload
+from benchmarks.workloads import WORKLOADS, Workload, make_workload
+from benchmarks.xor import OPERATORS, make_xor_task, run_xor_search
+from evoloss.errors import DataError, ModelError
+from evoloss.expressions import parse_expression
+from evoloss.search.individuals import build_primitive_set
+
+CPU = torch.device("cpu")
+SMALL = TimingOptions(repeats=2, fraction=0.02, population=3, oracle_candidates=1)
+
+
+def make_toy_workload(model: str = "linear") -> Workload:
+    """The settings of a workload on a task that needs no data."""
+    name = {"linear": "softmax"}.get(model, model)
+    shape = (1, 28, 28) if model == "lenet5" else (6,)
+    kind, outputs = ("regression", 1) if model == "mlp" else ("classification", 3)
+    return replace(
+        make_workload(name),
+        model_options={"widths": (60, 50)} if model == "mlp" else {},
+        make_task=lambda: make_toy_task(kind, input_shape=shape, num_outputs=outputs, rows=40),
+    )
+
+
+def test_quick_benchmark_writes_what_it_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "results.json"
+    assert main(["--quick", "--workloads", "xor", "--json", str(path)]) == 0
+    assert "Engine against sequential autograd" in capsys.readouterr().out
+    section = json.loads(path.read_text())["workloads"]
+    assert {"cpu", "cores", "threads", "torch", "date", "commit"} <= set(section["machine"])
+    workload = section["results"]["xor"]
+    assert workload["networks"] == 4
+    assert 0 < workload["peak_memory"] < 2 * 2**30
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.update_readme(readme, json.loads(path.read_text()))
+    text = readme.read_text()
+    assert f"| xor | fitness | {workload['path']} | 2 of 150 |" in text
+    assert "old" not in text
+    assert text.startswith("before")
+    assert text.endswith("after\n")
+
+
+@pytest.mark.parametrize("model", ["linear", "mlp"])
+def test_every_phase_is_timed_and_agrees(model: str) -> None:
+    workload = measure_workload(make_toy_workload(model), CPU, SMALL)
+    assert set(workload["phases"]) == {"local search", "rejection", "fitness"}
+    for name, phase in workload["phases"].items():
+        assert phase["agreement"]["compared"] == 2 * phase["agreement"]["candidates"] > 0
+        assert phase["agreement"]["largest_error"] <= phase["agreement"]["tolerance"]
+        assert phase["steps_run"] == (
+            phase["steps"] if name == "rejection" else phase["steps"] // 50
+        )
+        assert len(phase["speedup"]["values"]) == 2
+        seconds = (
+            phase[f"{who}_seconds_per_candidate"]["values"][0] for who in ("oracle", "engine")
+        )
+        assert phase["speedup"]["values"][0] == pytest.approx(next(seconds) / next(seconds))
+    assert "| x | local search |" in report.format_timing({"x": workload})
+
+
+def test_disagreement_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An oracle that trains at another rate: the times must not come out."""
+    original = FitnessPhase.run_oracle
+
+    def run_wrongly(self: FitnessPhase, programs: list, stream: int) -> tuple[float, list]:
+        settings = self.engine.settings
+        self.engine.settings = replace(settings, learning_rate=settings.learning_rate * 1.1)
+        try:
+            return original(self, programs, stream)
+        finally:
+            self.engine.settings = settings
+
+    monkeypatch.setattr(FitnessPhase, "run_oracle", run_wrongly)
+    with pytest.raises(DisagreementError, match="softmax, fitness: engine and oracle differ"):
+        measure_workload(make_toy_workload(), CPU, SMALL)
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_workloads_are_the_papers(name: str) -> None:
+    workload = make_workload(name)
+    if name == "xor":
+        assert (workload.fitness_steps, workload.population, workload.num_networks) == (150, 500, 4)
+        assert workload.settings.optimizer == "adam"
+        return
+    assert workload.local_search is not None
+    assert workload.rejection is not None
+    assert (workload.local_search.meta_steps, workload.fitness_steps) == (250, 500)
+    assert workload.rejection.steps == (1000 if name == "mlp" else 100)
+    assert workload.settings.batch_size == 128
+    assert workload.settings.nesterov == (name == "mlp")
+
+
+def test_candidates_have_the_stated_sizes_and_repeat_from_the_seed() -> None:
+    workload = make_workload("xor")
+    engine = workload.build_engine(CPU)
+    programs = draw_candidates(engine, workload, 6, 0)
+    for i, program in enumerate(programs):
+        smallest, largest = SIZES[i % len(SIZES)]
+        assert smallest <= len(program) <= largest
+    again = draw_candidates(engine, workload, 6, 0)
+    for a, b in zip(programs, again, strict=True):
+        np.testing.assert_array_equal(a.weights, b.weights)
+    moved = move_by_one_ulp(programs[0], 0).loss_params
+    change = np.abs(moved / programs[0].loss_params - 1)
+    assert (change > 0).all()
+    assert change.max() < 2e-7
+    phase = make_phases(engine, workload, 0.02)[-1]
+    _, (loss, turned) = phase.run_engine([programs[0], negate(programs[0])], 0)
+    assert loss != turned
+
+
+def test_floating_point_operations() -> None:
+    """A dense network by hand: 3 -> 4 -> 2, batches of 5 and 7."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    layers = read_layers(model, torch.zeros(1, 3))
+    assert [layer.multiply_adds for layer in layers] == [12, 8]
+    assert count_training_step(layers, 5) == 2 * 5 * (2 * 12 + 3 * 8)
+    # low rank is cheaper in the first layer (560 < 576), the direct form in the second (656 < 1364)
+    assert count_meta_step(layers, 5, 7) == 4 * 7 * 5 * 4 + (8 * 5 + 6 * 7) * 8
+    (conv,) = read_layers(nn.Conv2d(1, 6, 5, padding=2), torch.zeros(1, 1, 28, 28))
+    assert conv.multiply_adds == 25 * 6 * 28 * 28
+    wide = read_layers(nn.Linear(1000, 10), torch.zeros(1, 1000))
+    assert count_meta_step(wide, 128, 128) == 4 * 128 * 128 * 10
+
+
+@pytest.mark.parametrize("model", ["linear", "lenet5", "mlp"])
+def test_accuracy_of_float32(model: str) -> None:
+    """Ten regular trees on little data; `python -m benchmarks --accuracy` takes a hundred on the real data."""
+    found = measure_meta_gradients(make_toy_workload(model), CPU, 10)
+    assert found["engine_float32"]["max"] < 1e-4
+    assert found["engine_float32"]["median"] < 1e-6
+
+
+def test_accuracy_of_phi() -> None:
+    found = measure_local_searches(make_toy_workload(), CPU, 2, meta_steps=20)
+    assert found["engine_float32"]["max"] < 1e-4
+
+
+def test_scaling_is_measured_point_by_point(tmp_path: Path) -> None:
+    base = Point("xor", population=4, steps=2, threads=1)
+    ranges = Ranges(population=(3, 6), steps=(2, 4), nodes=((5, 8), (20, 30)))
+    found = measure_scaling(base, ranges, measure_point)
+    assert found["population"]["values"] == [3, 6]
+    assert found["nodes"]["values"][1] > found["nodes"]["values"][0]
+    for line in found.values():
+        assert len(line["peak_memory"]) == 2
+        assert set(line["seconds"]) == set(line["slope_seconds"]) == {"fitness"}
+    assert "| xor | steps | 2 to 4 |" in report.format_scaling({"xor": found})
+    draw_scaling({"xor": found}, tmp_path / "scaling.svg", tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
+
+
+def test_a_failed_point_says_why() -> None:
+    with pytest.raises(PointError, match=r"with 3 candidates failed: .*device is 'tpu'"):
+        run_point(Point("xor", population=3, steps=2, threads=1, device="tpu"))
+
+
+def test_slope_of_a_power_law() -> None:
+    assert fit_slope([1, 10, 100], [3, 300, 30000]) == pytest.approx(2.0)
+
+
+def test_xor_points_and_search() -> None:
+    task = make_xor_task()
+    x = task.train.x.numpy()
+    assert (task.train.y.numpy() == ((x[:, 0] > 0.5) != (x[:, 1] > 0.5))).all()
+    assert 0.4 < float(task.train.y.float().mean()) < 0.6
+    assert not torch.equal(task.train.x[:500], task.validation.x)
+    found = run_xor_search(make_workload("xor").build_engine(CPU), 0, 8, 2)
+    assert len(found["best_by_generation"]) == 2
+    assert found["seconds"] > 0
+    if found["best_expression"] is not None:
+        used = {node.symbol for node in parse_expression(found["best_expression"]).walk()}
+        assert used <= {*OPERATORS, "y", "f(x)", "constant"}
+
+
+def test_primitives_can_be_restricted() -> None:
+    names = {p.name for p in build_primitive_set(OPERATORS).primitives[object]}
+    assert names == set(OPERATORS)
+
+
+def test_whole_search_by_the_clock() -> None:
+    workload = make_toy_workload()
+    settings = read_paper_search("mnist5k")
+    assert (settings.population_size, settings.num_generations) == (25, 50)
+    assert settings.local_search is not None
+    small = replace(
+        settings,
+        population_size=4,
+        num_generations=1,
+        fitness_steps=3,
+        local_search=replace(settings.local_search, meta_steps=2),
+    )
+    found = run_search(workload.build_engine(CPU), small, 0)
+    assert found["candidates"] == 8
+    assert sum(found["seconds_by_phase"].values()) <= found["seconds"]
+    assert "softmax" in report.format_searches({"softmax": found})
+
+
+def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ModelError, match=r"activation is 'selu'.*relu, tanh"):
+        replace(make_workload("xor"), model_options={"activation": "selu"}).build_engine(CPU)
+    (tmp_path / "README.md").write_text("no marks")
+    with pytest.raises(DataError, match="lacks the marks"):
+        report.update_readme(tmp_path / "README.md", {})
+    with pytest.raises(SystemExit):
+        main(["--update-readme"])
+    assert main(["--device", "tpu"]) == 1
+    assert "error: device is 'tpu'" in capsys.readouterr().err
