@@ -25,8 +25,11 @@ from evoloss.engine.streams import Batch
 from evoloss.engine.threads import map_on_threads
 from evoloss.tasks import Task
 
-STACK_BYTES = {"cpu": 2**20, "cuda": 2**28}
+STACK_BYTES = {"cpu": 2**22, "cuda": 2**28}
 """A stack's parameters, gradients, moments and activations take about as much, or it is one network."""
+
+CHECK_EVERY = 8
+"""Steps between two looks whether a network of the stack is left that has not diverged."""
 
 
 @dataclass
@@ -143,13 +146,13 @@ class DensePath:
     def _advance_stack(
         self, stack: Stack, loss: OutputLoss, inputs: Tensor, targets: Tensor, batches: Tensor
     ) -> None:
-        for rows in batches:
+        for step, rows in enumerate(batches):
             values = self._forward(stack.params, inputs[rows])
             upstream = loss.output_gradients(values[-1], targets[rows])
             gradients = self._backward(stack.params, values, upstream)
             update_parameters(self.settings, stack.params, gradients, stack.optimizer)
             # a gradient that is not finite has made parameters of its network so: it has diverged for good
-            if not torch.isfinite(upstream.sum((1, 2))).any():
+            if step % CHECK_EVERY == 0 and not torch.isfinite(upstream.sum((1, 2))).any():
                 return
 
     def _forward(self, params: list[Tensor], x: Tensor) -> list[Tensor]:

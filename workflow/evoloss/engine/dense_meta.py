@@ -107,7 +107,9 @@ def prepare_dense(
     shrink = 1.0 - settings.first_step_rate * settings.weight_decay
     shared = []
     for i, (weight, *bias) in enumerate(params):
-        shrunk = [weight * shrink, *(b * shrink for b in bias)]
+        shrunk = (
+            [weight, *bias] if shrink == 1.0 else [weight * shrink, *(b * shrink for b in bias)]
+        )
         outer_x = outer.x.flatten(1) if i == 0 else None
         shared.append(
             _share_layer(kinds[i], shrunk, values[i], jacobians[i], outer_x, len(outer.x))
