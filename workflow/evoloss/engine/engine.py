@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from evoloss.engine.batched import BatchedPath
 from evoloss.engine.check_model import check_model
 from evoloss.engine.convolutional import ConvolutionalPath
-from evoloss.engine.convolutional import ConvolutionalPath
 from evoloss.engine.dense import DensePath
 from evoloss.engine.general import GeneralPath
 from evoloss.engine.linear import LinearPath
