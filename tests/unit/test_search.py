@@ -139,6 +139,34 @@ def test_rates_are_the_shares_of_the_offspring(monkeypatch: pytest.MonkeyPatch) 
     assert drawn["_mutate"] / drawn["offspring"] == pytest.approx(0.25, abs=0.05)
 
 
+@pytest.mark.parametrize(("parsimony_size", "share"), [(1.0, 0.5), (1.4, 0.6), (2.0, 0.75)])
+def test_parsimony_prefers_the_smaller_of_two_winners(parsimony_size: float, share: float) -> None:
+    """Of two tournament winners the smaller is taken with probability parsimony_size / 2 (Luke and Panait 2002).
+
+    In a population of one small and one large tree, equally fit, the two differ half of the time.
+    """
+    variation = Variation(replace(VARIATION, parsimony_size=parsimony_size))
+    small, large = (
+        make_individual(variation, text) for text in ("sub(y, f(x))", "square(sub(y, f(x)))")
+    )
+    for individual in (small, large):
+        individual.fitness.values = (0, 1.0)
+    with global_random(random.Random(0)):
+        chosen = [len(variation._select([small, large])) for _ in range(4000)]
+    assert chosen.count(len(small)) / len(chosen) == pytest.approx(share, abs=0.025)
+
+
+def test_selection_looks_at_fitness_before_size() -> None:
+    variation = Variation(replace(VARIATION, parsimony_size=2.0))
+    small = make_individual(variation, "sub(y, f(x))")
+    large = make_individual(variation, "square(sub(y, f(x)))")
+    small.fitness.values, large.fitness.values = (0, 2.0), (0, 1.0)
+    with global_random(random.Random(0)):
+        chosen = [len(variation._select([small, large])) for _ in range(1000)]
+    # the small one must fill two tournaments of 4, each with probability 1/16, or one and be preferred
+    assert chosen.count(len(large)) / len(chosen) == pytest.approx((15 / 16) ** 2, abs=0.03)
+
+
 def test_the_elite_survives_unchanged() -> None:
     variation = Variation(VARIATION)
     with global_random(random.Random(1)):
