@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from toy_tasks import make_toy_task
 
-from evoloss.engine import Engine, TrainingSettings
+from evoloss.engine import Engine, LocalSearchSettings, TrainingSettings
 from evoloss.engine.check_model import check_model
 from evoloss.errors import ModelError
+from evoloss.expressions import compile_weighted_tree, parse_expression
 from evoloss.tasks import models
 
 WELL = {
@@ -59,6 +62,35 @@ class Unused(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x
+
+
+class Once(torch.autograd.Function):
+    """A function whose derivative torch cannot differentiate."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.square()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * gradient
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple[int], x: Tensor) -> tuple[Tensor, int]:
+        return x.square(), dims[0]
+
+
+class Square(nn.Module):
+    """It can be trained, but not searched for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = Once.apply(x)
+        return result
 
 
 class Pair(nn.Module):
@@ -136,3 +168,14 @@ def test_the_engine_refuses_a_registered_model(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(models.MODELS, "mine", lambda task: wrap(nn.Dropout())())
     with pytest.raises(ModelError, match=r"model 'mine' .* module '1' \(Dropout\)"):
         Engine(make_toy_task(), "mine", TrainingSettings(16, 0.1), torch.device("cpu"))
+
+
+def test_a_model_without_second_derivative_has_no_local_search(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(models.MODELS, "mine", lambda task: wrap(Square())())
+    engine = Engine(make_toy_task(), "mine", TrainingSettings(16, 0.1), torch.device("cpu"))
+    programs = [compile_weighted_tree(parse_expression("square(sub(y, f(x)))"))]
+    assert engine.compute_fitness(programs, 3, 0) >= 0
+    with pytest.raises(ModelError, match="model 'mine' has no second derivative, which local sea"):
+        engine.local_search(programs, LocalSearchSettings(2, 1, 0.01), 0)

@@ -103,6 +103,27 @@ def check_model(model: nn.Module, model_name: str, x: Tensor, num_outputs: int) 
             vmap(lambda params: functional_call(trial.model, params, (x,)))(stacked)
 
 
+def check_second_derivative(model: nn.Module, model_name: str, x: Tensor) -> None:
+    """Refuse a model that local search cannot differentiate through a training step of; parameters as `check_model`.
+
+    Raises
+    ------
+    ModelError
+        In one sentence.
+    """
+    refuse = (
+        f"model {model_name!r} has no second derivative, which local search (methods: evomal) needs"
+    )
+    with torch.random.fork_rng(devices=[]), _explain(refuse):
+        params = [p for p in model.parameters() if p.requires_grad]
+        outputs = model(x)
+        probe = torch.zeros_like(outputs, requires_grad=True)
+        transposed = torch.autograd.grad(outputs, params, probe, create_graph=True)
+        # one by one: autograd leaves out silently what it cannot differentiate, if it can differentiate the rest
+        for product in transposed:
+            torch.autograd.grad(product.sum(), probe, retain_graph=True)
+
+
 def _check_outputs(
     model: nn.Module, refuse: str, outputs: Tensor, expected: tuple[int, int]
 ) -> None:

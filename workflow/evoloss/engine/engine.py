@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from evoloss.engine.batched import BatchedPath
-from evoloss.engine.check_model import check_model
+from evoloss.engine.check_model import check_model, check_second_derivative
 from evoloss.engine.convolutional import ConvolutionalPath
 from evoloss.engine.dense import DensePath
 from evoloss.engine.general import GeneralPath
@@ -212,6 +212,8 @@ class Engine:
         ------
         ConfigError
             If the base models are trained by Adam: the meta-gradients are those of SGD steps.
+        ModelError
+            If the model has no second derivative, or memory does not hold a single loss.
         """
         if self.settings.optimizer != "sgd":
             raise ConfigError(
@@ -221,6 +223,7 @@ class Engine:
         if not programs or settings.meta_steps == 0:
             return list(programs)
         if self._meta_steps is None or not self._meta_steps.belong_to(settings, stream):
+            check_second_derivative(self.build_model(0), self.model_name, self.task.train.x[:2])
             self._meta_steps = MetaSteps(self, settings, *stream)
         return run_local_search(
             self, programs, self._meta_steps, settings, on_step, resume, at_safe_point
