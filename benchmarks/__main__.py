@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from benchmarks.timing import TimingOptions, measure_workload
 from benchmarks.workloads import WORKLOADS, make_workload
 from benchmarks.xor import NUM_GENERATIONS, run_xor_search
 from evoloss.engine import choose_device
+from evoloss.engine.racing import RacingSettings
 from evoloss.errors import EvolossError
 from evoloss.results import read_json, write_json
 
@@ -41,6 +43,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--search", nargs="+", choices=["softmax", "lenet5", "mlp"], default=[],
                         metavar="NAME", help="run a whole search under the paper's settings")  # fmt: skip
+    parser.add_argument("--racing", type=int, default=1,
+                        help="reduction of --search's races (default: 1, no racing)")  # fmt: skip
     parser.add_argument("--scaling", action="store_true", help="cost and memory, with a figure")
     parser.add_argument("--accuracy", action="store_true", help="float32 against float64")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
@@ -96,7 +100,11 @@ def measure_searches(options: argparse.Namespace, device: torch.device) -> dict[
     for name in options.search:
         workload = make_workload(name)
         engine = workload.build_engine(device)
-        results[name] = run_search(engine, read_paper_search(engine.task.name), 0)
+        settings = read_paper_search(workload)
+        if options.racing > 1:
+            settings = replace(settings, racing=RacingSettings(options.racing))
+            name = f"{name}, racing {options.racing}"
+        results[name] = run_search(engine, settings, 0)
     if XOR_SEARCH in options.workloads:
         workload = make_workload("xor")
         population = options.population or workload.population

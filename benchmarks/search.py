@@ -6,7 +6,7 @@ import logging
 import time
 from typing import Any
 
-from benchmarks.workloads import read_paper_section
+from benchmarks.workloads import Workload, read_paper_section
 from evoloss.engine import Engine
 from evoloss.search.gp_search import PHASES, GPSearch, SearchSettings
 from evoloss.stages.searching import ProgressLog, build_search_settings
@@ -14,10 +14,11 @@ from evoloss.stages.searching import ProgressLog, build_search_settings
 logger = logging.getLogger(__name__)
 
 
-def read_paper_search(task: str) -> SearchSettings:
-    """Return the search (evomal) of a task of the paper's preset."""
+def read_paper_search(workload: Workload) -> SearchSettings:
+    """Return the search (evomal) of the paper's preset for the workload's dataset."""
     return build_search_settings(
-        read_paper_section("search", task), read_paper_section("local_search", task)
+        read_paper_section("search", workload.dataset),
+        read_paper_section("local_search", workload.dataset),
     )
 
 

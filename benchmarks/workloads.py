@@ -32,6 +32,7 @@ class Workload:
     """
 
     name: str
+    dataset: str
     model: str
     make_task: Callable[[], Task]
     settings: TrainingSettings
@@ -69,6 +70,7 @@ def make_paper_workload(name: str, task: str, model: str) -> Workload:
     )
     return Workload(
         name,
+        task,
         model,
         lambda: load_dataset(task),
         TrainingSettings(**read_paper_section("training", task)),
@@ -83,6 +85,7 @@ def make_xor_workload(name: str) -> Workload:
     """Return the published example of another package, see `benchmarks.xor`."""
     return Workload(
         name,
+        "xor",
         "mlp",
         make_xor_task,
         TrainingSettings(BATCH_SIZE, 0.01, optimizer="adam"),

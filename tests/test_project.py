@@ -66,7 +66,9 @@ def test_conda_environment_follows_the_lock_file() -> None:
         assert pins[package.lower()] == version
 
 
-@pytest.mark.parametrize("document", ["README.md", "workflow/README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "workflow/README.md", "benchmarks/README.md", "CONTRIBUTING.md"]
+)
 def test_links_and_named_files_exist(document: str) -> None:
     path = ROOT / document
     for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):

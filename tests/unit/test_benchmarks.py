@@ -206,7 +206,7 @@ def test_primitives_can_be_restricted() -> None:
 
 def test_whole_search_by_the_clock() -> None:
     workload = make_toy_workload()
-    settings = read_paper_search("mnist5k")
+    settings = read_paper_search(workload)
     assert (settings.population_size, settings.num_generations) == (25, 50)
     assert settings.local_search is not None
     small = replace(
