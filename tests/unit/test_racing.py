@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_tasks import make_toy_task
 
+from benchmarks.racing import compare, summarise
 from evoloss.engine import Engine, TrainingSettings
 from evoloss.engine.filters import RejectionSettings
 from evoloss.engine.racing import RaceResult, RacingSettings, RungScores, run_race
@@ -210,3 +211,16 @@ def test_the_same_seed_gives_the_same_race() -> None:
         return [(str(r.tree), r.fitness) for r in make_search(HALVING, seed).run().front]
 
     assert run(1) == run(1)
+
+
+def test_the_benchmark_compares_at_equal_generations_and_equal_time() -> None:
+    settings = make_search(HALVING).settings
+    results = [compare(make_engine(), settings, HALVING, seed, trainings=1) for seed in (0, 1)]
+    for result in results:
+        assert result["off"]["share_of_steps_spared"] == 0.0
+        assert result["off"]["generation"] == settings.num_generations
+        assert result["equal_generations"]["generation"] == settings.num_generations
+        assert 0.0 < result["equal_generations"]["share_of_steps_spared"] < 1.0
+        assert result["equal_time"]["cpu_seconds"] <= result["off"]["cpu_seconds"]
+    spread = summarise(results)["equal_generations"]["fitness"]
+    assert spread["min"] <= spread["mean"] <= spread["max"]

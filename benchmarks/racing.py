@@ -1,0 +1,216 @@
+"""Racing on against off: what it does to the losses that a search finds. ``python -m benchmarks.racing --help``.
+
+For every seed one search without racing, and one with it that goes on until it has had as much time too. Time is
+processor time on one thread, because a shared machine's clock counts the others' work. A loss's test error is the mean
+over trainings as long as the fitness's; differences are with racing minus without, of the same seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.machine import describe_machine
+from evoloss.engine import Engine, LocalSearchSettings, TrainingSettings
+from evoloss.engine.filters import RejectionSettings
+from evoloss.engine.racing import RacingSettings
+from evoloss.expressions import compile_expression, parse_expression
+from evoloss.results import write_json
+from evoloss.search.gp_search import GPSearch, SearchSettings
+from evoloss.search.individuals import VariationSettings
+from evoloss.tasks import Task, load_task
+from evoloss.tasks.datasets import prepare_dataset, save_dataset
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+MOST_GENERATIONS = 4
+"""A search with racing ends after so many times the generations of the one without, if it has time left by then."""
+
+
+@dataclass(frozen=True)
+class RacingWorkload:
+    """One model on one dataset, with budgets small enough for a search of seconds."""
+
+    dataset: str
+    model: str
+    settings: TrainingSettings
+    fitness_steps: int
+    label_noise: Mapping[str, Any] | None = None
+    model_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def build_engine(self) -> Engine:
+        """Return an engine on the CPU."""
+        arrays, card = prepare_dataset(self.dataset, data_seed=0)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"{self.dataset}.npz"
+            save_dataset(arrays, card, path, path.with_suffix(".json"))
+            task: Task = load_task(self.dataset, path, label_noise=self.label_noise, data_seed=0)
+        cpu = torch.device("cpu")
+        return Engine(task, self.model, self.settings, cpu, **self.model_options)
+
+
+WORKLOADS = {
+    "softmax-noisy": RacingWorkload(
+        "mnist5k", "linear", TrainingSettings(64, 0.05), 250, {"kind": "symmetric", "rate": 0.6}
+    ),
+    "small-mlp": RacingWorkload(
+        "diabetes",
+        "mlp",
+        TrainingSettings(32, 0.01, 0.9, True, 5e-4),
+        160,
+        model_options={"widths": (16, 16)},
+    ),
+}
+"""Name on the command line: what is searched for."""
+
+
+class _EnoughError(Exception):
+    """Ends a search that has had its generations and its time."""
+
+
+def run_search(
+    engine: Engine,
+    settings: SearchSettings,
+    seed: int,
+    enough: Callable[[Row, float], bool] = lambda row, seconds: False,
+) -> list[Row]:
+    """Return the history, with processor time so far as ``cpu_seconds``; the search ends once it is ``enough``."""
+    rows: list[Row] = []
+    started = time.process_time()
+
+    def keep(row: Row) -> None:
+        seconds = time.process_time() - started
+        rows.append({**row, "cpu_seconds": seconds})
+        if enough(row, seconds):
+            raise _EnoughError
+
+    try:
+        GPSearch(engine, settings, seed).run(keep)
+    except _EnoughError:
+        logger.debug("seed %d: enough after generation %d", seed, rows[-1]["generation"])
+    return rows
+
+
+def describe(engine: Engine, rows: Sequence[Row], num_steps: int, trainings: int) -> Row:
+    """Return fitness and test error of the best loss after the last of ``rows``, and what it took to find."""
+    best = rows[-1]
+    trained = sum(row["evaluated"] + row["stopped"] + row["diverged"] for row in rows)
+    errors = [float("nan")]
+    if best["best_expression"]:
+        loss = engine.population_loss(
+            [compile_expression(parse_expression(best["best_expression"]))]
+        )
+        errors = [
+            float(next(iter(engine.train(loss, num_steps, t, "test", splits=["test"]))).metric[0])
+            for t in range(trainings)
+        ]
+    return {
+        "generation": best["generation"],
+        "cpu_seconds": best["cpu_seconds"],
+        "fitness": best["best_fitness"],
+        "test_error": statistics.fmean(errors),
+        "complexity": best["best_complexity"],
+        "candidates_trained": trained,
+        "share_of_steps_spared": 1 - sum(r["training_steps"] for r in rows) / (trained * num_steps)
+        if trained
+        else 0.0,
+    }
+
+
+def compare(
+    engine: Engine, settings: SearchSettings, racing: RacingSettings, seed: int, trainings: int = 5
+) -> dict[str, Row]:
+    """Search without and with racing; return what each had found: ``off``, ``equal_generations``, ``equal_time``."""
+    generations, num_steps = settings.num_generations, settings.fitness_steps
+    off = run_search(engine, replace(settings, racing=RacingSettings()), seed)
+    budget = off[-1]["cpu_seconds"]
+    on = run_search(
+        engine,
+        replace(settings, racing=racing, num_generations=MOST_GENERATIONS * generations),
+        seed,
+        lambda row, seconds: bool(row["generation"] >= generations and seconds >= budget),
+    )
+    in_time = [row for row in on if row["cpu_seconds"] <= budget] or on[:1]
+    histories = {"off": off, "equal_generations": on[: generations + 1], "equal_time": in_time}
+    return {name: describe(engine, rows, num_steps, trainings) for name, rows in histories.items()}
+
+
+def summarise(results: Sequence[dict[str, Row]]) -> dict[str, dict[str, Any]]:
+    """Return the mean, least and greatest difference to ``off`` over seeds, and the share of steps spared."""
+    summary: dict[str, dict[str, Any]] = {}
+    for name in ("equal_generations", "equal_time"):
+        values = {
+            key: [result[name][key] - result["off"][key] for result in results]
+            for key in ("fitness", "test_error")
+        }
+        values["share_of_steps_spared"] = [r[name]["share_of_steps_spared"] for r in results]
+        values["time_ratio"] = [r[name]["cpu_seconds"] / r["off"]["cpu_seconds"] for r in results]
+        summary[name] = {
+            key: {"mean": statistics.fmean(v), "min": min(v), "max": max(v)}
+            for key, v in values.items()
+        }
+    return summary
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure, print a line for every comparison, and write the JSON file."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.racing", description=__doc__)
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--seeds", type=int, default=6, help="searches of each kind (default: 6)")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--population", type=int, default=25)
+    parser.add_argument("--generations", type=int, default=12)
+    parser.add_argument("--meta-steps", type=int, default=20, help="of the local search; 0: none")
+    parser.add_argument("--reduction", type=int, default=2)
+    parser.add_argument("--first-rung", type=float, default=0.25)
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    torch.set_num_threads(1)
+    logging.getLogger("evoloss").setLevel(logging.WARNING)
+    racing = RacingSettings(options.reduction, options.first_rung)
+    report: dict[str, Any] = {"machine": describe_machine(torch.device("cpu")), "racing": {}}
+    for name in options.workloads:
+        workload = WORKLOADS[name]
+        engine = workload.build_engine()
+        settings = SearchSettings(
+            population_size=options.population,
+            num_generations=options.generations,
+            fitness_steps=workload.fitness_steps,
+            variation=VariationSettings(4, 1.4, 0.70, 0.25, 0.05, 2, 4, 10),
+            rejection=RejectionSettings(100, 100, 0.01, 2),
+            local_search=LocalSearchSettings(options.meta_steps, 1, 0.01)
+            if options.meta_steps
+            else None,
+            initial_deviation=1e-3 if options.meta_steps else 0.0,
+        )
+        # compiles the kernels and starts the libraries, which the first search would pay for alone
+        run_search(engine, replace(settings, num_generations=1), options.first_seed)
+        results = []
+        for seed in range(options.first_seed, options.first_seed + options.seeds):
+            results.append(compare(engine, settings, racing, seed))
+            logger.info("%s, seed %d: %s", name, seed, results[-1])
+        summary = summarise(results)
+        report["racing"][name] = {"summary": summary, "seeds": results}
+        for budget, values in summary.items():
+            for key, v in values.items():
+                line = f"{name:14} {budget:18} {key:22} {v['mean']:+.4f}"
+                sys.stdout.write(f"{line}  ({v['min']:+.4f} .. {v['max']:+.4f})\n")
+    if options.json is not None:
+        write_json(options.json, report)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
