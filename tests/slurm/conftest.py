@@ -6,8 +6,9 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -40,7 +41,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def copy_project(target: Path) -> Path:
     """Copy what a run needs; without .git, so that the results' provenance does not depend on edits."""
     for name in ("workflow", "envs"):
-        shutil.copytree(ROOT / name, target / name)
+        # with Numba's cache, but without files that somebody is just writing
+        leave_out = shutil.ignore_patterns("*.pyc*", "*.tmp.*")
+        shutil.copytree(ROOT / name, target / name, ignore=leave_out)
     for name in ("Snakefile", "config.yaml"):
         shutil.copy2(ROOT / name, target / name)
     config = yaml.safe_load((ROOT / "workflow/presets/tiny.yaml").read_text())
@@ -106,6 +109,21 @@ def eventful_run(
         for partition in ("main", "scavenge"):
             cluster.set_partition(partition, "UP")
     return Events(run, first.number, second.number, training.number)
+
+
+@pytest.fixture
+def submit(cluster: Cluster) -> Iterator[Callable[..., Run]]:
+    """Return a function that starts a run on the cluster; what still runs when the test ends is ended."""
+    runs: list[Run] = []
+
+    def start(*arguments: Any) -> Run:
+        runs.append(start_cluster_run(cluster, *arguments))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.process.kill()
+        run.process.wait()
 
 
 @pytest.fixture

@@ -6,11 +6,12 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from slurm_cluster import TARGET, Cluster, Events, Run, start_cluster_run
+from slurm_cluster import TARGET, Cluster, Events, Run
 
 pytestmark = pytest.mark.slurm
 
@@ -27,7 +28,7 @@ def list_results(directory: Path) -> set[str]:
 
 
 def dry_run(project: Path, directory: Path, *options: object) -> str:
-    command = [sys.executable, "-m", "snakemake", "-n", "--directory", directory]
+    command: list[object] = [sys.executable, "-m", "snakemake", "-n", "--directory", directory]
     command += ["--configfile", project / "subset.yaml", *options, "--", TARGET]
     done = subprocess.run(
         [str(part) for part in command], cwd=project, capture_output=True, text=True, check=False
@@ -96,13 +97,21 @@ def test_edited_code_repeats_no_search(eventful_run: Events, project: Path) -> N
 
 
 def test_failed_seed_loses_no_other(
-    cluster: Cluster, project: Path, local_run: Run, tmp_path: Path
+    cluster: Cluster,
+    submit: Callable[..., Run],
+    project: Path,
+    local_run: Run,
+    tmp_path: Path,
 ) -> None:
     """Two searches share the GPU; one is lost for good, the other is kept; the next run makes what is missing."""
-    options = ["--set-resources", "search_loss:gres=shard:1", "search_loss:slurm_partition=gpu"]
+    options: list[object] = [
+        "--set-resources",
+        "search_loss:gres=shard:1",
+        "search_loss:slurm_partition=gpu",
+    ]
     options += ["--configfile", project / "subset.yaml", "--"]
     options += [HALL_OF_FAME.format(seed) for seed in (0, 1)]
-    run = start_cluster_run(cluster, project, tmp_path, "--retries", "0", *options)
+    run = submit(project, tmp_path, "--retries", "0", *options)
     jobs = cluster.wait_for_job(run, "search_loss", "RUNNING", count=2)
     for job in jobs:
         assert cluster.describe(job.number)["TresPerNode"] == "gres:shard:1"
@@ -112,7 +121,7 @@ def test_failed_seed_loses_no_other(
     assert not (tmp_path / HALL_OF_FAME.format(0)).exists()
     assert (tmp_path / HALL_OF_FAME.format(1)).exists()
 
-    again = start_cluster_run(cluster, project, tmp_path, *options)
+    again = submit(project, tmp_path, *options)
     assert again.wait() == 0, again.log[-4000:]
     assert [job.rule for job in cluster.jobs(again)].count(lost.rule) == 2
     assert len(cluster.jobs(again)) == 3
@@ -121,7 +130,9 @@ def test_failed_seed_loses_no_other(
         assert (tmp_path / path).read_bytes() == (local_run.directory / path).read_bytes()
 
 
-def test_cuda_asks_for_a_gpu(cluster: Cluster, gpu_project: Path, tmp_path: Path) -> None:
+def test_cuda_asks_for_a_gpu(
+    cluster: Cluster, submit: Callable[..., Run], gpu_project: Path, tmp_path: Path
+) -> None:
     """In the partition and of the type that the profile says; and an interrupt leaves no job behind."""
     plan = dry_run(gpu_project, tmp_path / "run", "--profile", "workflow/profiles/slurm")
     asked, rule = set(), ""
@@ -134,7 +145,7 @@ def test_cuda_asks_for_a_gpu(cluster: Cluster, gpu_project: Path, tmp_path: Path
 
     cluster.set_partition("gpu", "DOWN")
     options = ["--configfile", gpu_project / "subset.yaml", "--", TUNED_RATE]
-    run = start_cluster_run(cluster, gpu_project, tmp_path / "run", *options)
+    run = submit(gpu_project, tmp_path / "run", *options)
     try:
         (job,) = cluster.wait_for_job(run, "tune_learning_rate", "PENDING")
         assert job.partition == "gpu"
@@ -143,5 +154,4 @@ def test_cuda_asks_for_a_gpu(cluster: Cluster, gpu_project: Path, tmp_path: Path
         assert run.wait() == 1
         assert [job.state for job in cluster.jobs(run)] == ["CANCELLED"]
     finally:
-        run.process.kill()
         cluster.set_partition("gpu", "UP")
