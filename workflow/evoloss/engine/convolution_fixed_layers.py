@@ -89,22 +89,27 @@ class Flatten:
 
 
 class Activation:
-    """`nn.Tanh`, `nn.ReLU` or `nn.Sigmoid`: their derivatives are functions of the output."""
+    """`nn.Tanh`, `nn.ReLU` or `nn.Sigmoid`: their derivatives are functions of the output.
+
+    ``in_place`` may be set where the layer before needs its own output no more, which saves time and memory.
+    """
 
     def __init__(self, module: nn.Module, shape: Shape, batch: int, dtype: torch.dtype) -> None:
         self.shape = shape
+        self.in_place = False
         self._module = module
         self._y = torch.empty(*shape, batch, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """See `FixedLayer`."""
+        y = x if self.in_place else self._y
         if isinstance(self._module, nn.Tanh):
-            compute_tanh(x, self._y)
+            compute_tanh(x, y)
         elif isinstance(self._module, nn.Sigmoid):
-            torch.sigmoid(x, out=self._y)
+            torch.sigmoid(x, out=y)
         else:
-            torch.clamp_min(x, 0.0, out=self._y)
-        return self._y
+            torch.clamp_min(x, 0.0, out=y)
+        return y
 
     def backward(self, x: Tensor, y: Tensor, dy: Tensor) -> Tensor:
         """See `FixedLayer`."""

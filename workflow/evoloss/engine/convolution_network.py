@@ -93,6 +93,8 @@ class Network:
                 elif not self._layers:
                     self._entry.append(layer)
                     continue
+                elif isinstance(layer, Activation):
+                    layer.in_place = isinstance(self._layers[-1][0], WeightLayer)
                 self._layers.append((layer, own))
         if len(shape) != 1:
             raise UnsupportedLayerError("outputs that are not flat")
