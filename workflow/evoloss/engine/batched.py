@@ -28,7 +28,7 @@ MAX_ACTIVATIONS = 32_000_000
 """Numbers kept for the backward pass of one network's batch. Networks beyond either limit are not batched.
 
 Both are estimates, to be measured (`benchmarks.gpu_checks`): an MLP with two layers of 1,000 (1.0 million parameters)
-and LeNet-5 (1.5 million activations at batch 128) lie below, ResNet-18 on 32 x 32 images (11 million, some 300 million)
+and LeNet-5 (2.0 million activations at batch 128) lie below, ResNet-18 on 32 x 32 images (11 million, 228 million)
 above.
 """
 
