@@ -193,12 +193,14 @@ def test_divergence_ends_a_candidate_never_its_neighbours(path: type[Path], bad:
     """In every path: training and local search go on for the others as if the bad loss were not there."""
     settings = replace(PLAIN, learning_rate=0.05, momentum=0.9)
     kind = "regression" if bad == "late" else "classification"
-    for model_name, task in make_tasks(kind).items():
-        engine = Engine(task, model_name, settings, CPU)
-        if path.find_obstacle(engine.task, engine.build_model(0), settings) is None:
-            break
-    else:
-        pytest.skip(f"no model for this path ({kind})")
+    engines = [Engine(task, name, settings, CPU) for name, task in make_tasks(kind).items()]
+    able = [
+        engine
+        for engine in engines
+        if path.find_obstacle(engine.task, engine.build_model(0), settings) is None
+    ]
+    # a path for GPUs does not offer itself here, but works
+    engine = (able or engines)[0]
     engine.path = path(engine.task, engine.build_model(0), settings)
     good, other = compile_formulas(FORMULAS[1], "mul(0.5, square(sub(y, f(x))))")
     (broken,) = compile_formulas(BAD[bad])
