@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path as FilePath
 
 import numpy as np
 import pytest
@@ -14,17 +16,24 @@ from torch import Tensor, nn
 from toy_tasks import make_toy_task
 
 import oracle
-from evoloss.engine import Engine, PopulationLoss, TrainingSettings
+from evoloss.config import read_config
+from evoloss.engine import Engine, LocalSearchSettings, PopulationLoss, TrainingSettings
 from evoloss.engine.dense import DensePath
 from evoloss.engine.dense_layers import read_layers
 from evoloss.engine.dense_meta import DenseContext
 from evoloss.engine.general import GeneralPath
+from evoloss.engine.linear import LinearPath
 from evoloss.engine.path import Path
 from evoloss.engine.products import has_onednn, product
 from evoloss.engine.streams import Batch, draw_batches
+from evoloss.errors import ConfigError
 from evoloss.expressions import Program, compile_weighted_tree, parse_expression
+from evoloss.stages.searching import search_loss
+from evoloss.stages.setup import StageInput
 from evoloss.tasks import Split, Task
+from evoloss.tasks.datasets import prepare_dataset, save_dataset
 
+CPU = torch.device("cpu")
 PLAIN = TrainingSettings(16, 0.05, precision="float64")
 SETTINGS = {
     "sgd": PLAIN,
@@ -306,7 +315,7 @@ def test_threads_give_the_same(network: str) -> None:
 
 def test_the_engine_prefers_it_for_an_mlp() -> None:
     settings = TrainingSettings(16, 0.05)
-    engine = Engine(make_toy_task(), "mlp", settings, torch.device("cpu"))
+    engine = Engine(make_toy_task(), "mlp", settings, CPU)
     assert isinstance(engine.path, DensePath)
     assert engine.path.stack_size == 1
     small = DensePath(engine.task, make_network("small", 3).float(), settings)
@@ -353,3 +362,98 @@ def test_large_products_equal_torchs_own_for_all_strides() -> None:
         torch.testing.assert_close(product(left, right), expected, rtol=1e-5, atol=1e-4)
     expected = (a.double() @ b.t().double() + bias).float()
     torch.testing.assert_close(product(a, b.t(), bias), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_linearised_meta_gradients_err_with_the_square_of_the_rate() -> None:
+    for kind in KINDS:
+        task = make_task(kind)
+        loss = make_loss(task)
+        # smooth: at a kink the error is of first order
+        model = make_network("sigmoid at the end", task.num_outputs)
+        batches = take(task, task.train, 12), take(task, task.validation, 9)
+        errors, sizes = [], []
+        for rate in (4e-3, 1e-3, 2.5e-4):
+            settings = replace(PLAIN, learning_rate=rate, weight_decay=0.1)
+            path = DensePath(task, model, settings)
+            approximate = path.prepare_linearised(model, *batches)
+            values, found = path.meta_gradients(approximate, loss)
+            expected_values, expected = path.meta_gradients(path.prepare(model, *batches), loss)
+            errors.append(np.linalg.norm(found - expected))
+            sizes.append(np.linalg.norm(expected))
+            torch.testing.assert_close(values, expected_values, rtol=0.05 * rate, atol=0.0)
+        assert 0 < errors[2] < 0.01 * sizes[2]
+        for coarse, fine in pairwise(errors):
+            assert coarse / fine == pytest.approx(16, rel=0.2)
+
+
+def test_linearised_is_exact_for_linear_models() -> None:
+    task = make_task("classes")
+    loss = make_loss(task)
+    settings = replace(SETTINGS["nesterov"], learning_rate=0.5)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 3)).double()
+    batches = take(task, task.train, 12), take(task, task.validation, 9)
+    exact, dense, linear = (
+        path.meta_gradients(context, loss)
+        for path, context in (
+            (path, getattr(path, prepare)(model, *batches))
+            for path, prepare in (
+                (GeneralPath(task, model, settings), "prepare"),
+                (DensePath(task, model, settings), "prepare_linearised"),
+                (LinearPath(task, model, settings), "prepare_linearised"),
+            )
+        )
+    )
+    for values, gradient in (dense, linear):
+        torch.testing.assert_close(values, exact[0], rtol=1e-10, atol=0.0)
+        np.testing.assert_allclose(gradient, exact[1], rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("model_name", ["linear", "mlp"])
+def test_a_linearised_local_search(model_name: str) -> None:
+    settings = TrainingSettings(16, 1e-3, precision="float64")
+    engine = Engine(make_toy_task(rows=40), model_name, settings, CPU)
+    programs = [weighted(formula, 0) for formula in FORMULAS]
+    start = np.concatenate([program.weights for program in programs])
+    exact, linearised = (
+        np.concatenate([p.weights for p in engine.local_search(programs, search, 0)])
+        for search in (
+            LocalSearchSettings(3, 1, 0.01),
+            LocalSearchSettings(3, 1, 0.01, linearised=True),
+        )
+    )
+    difference = np.linalg.norm(exact - linearised) / np.linalg.norm(exact - start)
+    assert difference < (1e-9 if model_name == "linear" else 0.02)
+    assert np.linalg.norm(exact - start) > 0.01
+
+
+def test_linearised_local_search_is_refused_where_there_is_none() -> None:
+    programs = [weighted(FORMULAS[0], 0)]
+    images = make_toy_task(input_shape=(1, 12, 12), rows=20)
+    lenet = Engine(images, "lenet5", PLAIN, CPU)
+    with pytest.raises(ConfigError, match=r"local_search\.linearised.*linear and dense.*lenet5"):
+        lenet.local_search(programs, LocalSearchSettings(2, 1, 0.01, linearised=True), 0)
+    mlp = Engine(make_toy_task(), "mlp", PLAIN, CPU)
+    with pytest.raises(ConfigError, match=r"linearised.*inner_steps: 1, not 2"):
+        mlp.local_search(programs, LocalSearchSettings(2, 2, 0.01, linearised=True), 0)
+    many = make_toy_task(num_outputs=3000, rows=2)
+    wide = nn.Sequential(nn.Linear(6, 3000)).double()
+    with pytest.raises(ConfigError, match=r"linearised.*3000 outputs.*256 MiB"):
+        DensePath(many, wide, PLAIN).prepare_linearised(
+            wide, take(many, many.train, 2), take(many, many.validation, 2)
+        )
+
+
+@pytest.mark.parametrize("linearised", [False, True])
+def test_a_search_tells_how_its_meta_gradients_were_computed(
+    tmp_path: FilePath, linearised: bool
+) -> None:
+    arrays, card = prepare_dataset("diabetes", data_seed=0)
+    save_dataset(arrays, card, tmp_path / "diabetes.npz", tmp_path / "diabetes.json")
+    task = {"name": "diabetes", "model": "mlp", "label_noise": None, "data_seed": 0}
+    training = {"batch_size": 32, "learning_rate": 0.01}
+    stage = StageInput(task, training, str(tmp_path / "diabetes.npz"), "cpu", 1)
+    tiny = read_config(FilePath(__file__).parents[2] / "workflow" / "presets" / "tiny.yaml")
+    local_search = tiny["local_search"] | {"linearised": linearised}
+    hall_of_fame, _ = search_loss(stage, "evomal", tiny["search"], local_search, 0)
+    assert hall_of_fame["local_search"] == ("linearised" if linearised else "exact")

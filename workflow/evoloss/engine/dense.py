@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from evoloss.engine.dense_layers import activate, activate_backward, affine, read_layers
+from evoloss.engine.dense_linearised import linearise_dense
 from evoloss.engine.dense_meta import DenseContext, dense_meta_gradients, prepare_dense
+from evoloss.engine.linearised import LinearisedContext, linearised_meta_gradients
 from evoloss.engine.optimizer import OptimizerState, update_parameters
 from evoloss.engine.population_loss import OutputLoss, PopulationLoss
 from evoloss.engine.products import stacked_product
@@ -25,7 +27,7 @@ from evoloss.engine.streams import Batch
 from evoloss.engine.threads import map_on_threads
 from evoloss.tasks import Task
 
-STACK_BYTES = {"cpu": 2**22, "cuda": 2**28}
+STACK_BYTES = 2**22
 """A stack's parameters, gradients, moments and activations take about as much, or it is one network."""
 
 CHECK_EVERY = 8
@@ -87,8 +89,7 @@ class DensePath:
         )
         activations = 2 * settings.batch_size * sum(layer.linear.out_features for layer in layers)
         size = (state + activations) * torch.finfo(settings.dtype).bits // 8
-        device = layers[0].linear.weight.device.type
-        self.stack_size = max(1, STACK_BYTES[device] // size)
+        self.stack_size = max(1, STACK_BYTES // size)
 
     @classmethod
     def find_obstacle(cls, task: Task, model: nn.Module, settings: TrainingSettings) -> str | None:
@@ -96,9 +97,8 @@ class DensePath:
         layers = read_layers(model)
         if isinstance(layers, str):
             return layers
-        device = layers[0].linear.weight.device.type
-        if device not in STACK_BYTES:
-            return f"a device {device}"
+        if layers[0].linear.weight.device.type != "cpu":
+            return "it is made for a CPU's cache"
         inputs = layers[0].linear.in_features
         if task.vocabulary_size is not None or int(np.prod(task.input_shape)) != inputs:
             return f"inputs that are not {inputs} numbers a row"
@@ -197,8 +197,14 @@ class DensePath:
         """See `evoloss.engine.path.Path`."""
         return prepare_dense(model, inner, outer, self.settings)
 
+    def prepare_linearised(self, model: nn.Module, inner: Batch, outer: Batch) -> LinearisedContext:
+        """See `evoloss.engine.linearised.LinearisablePath`."""
+        return linearise_dense(model, inner, outer, self.settings)
+
     def meta_gradients(
-        self, context: DenseContext, loss: PopulationLoss
+        self, context: DenseContext | LinearisedContext, loss: PopulationLoss
     ) -> tuple[Tensor, NDArray[np.float64]]:
         """See `evoloss.engine.path.Path`."""
+        if isinstance(context, LinearisedContext):
+            return linearised_meta_gradients(self.task, self.settings, context, loss)
         return dense_meta_gradients(self.task, self.settings, context, loss)

@@ -20,7 +20,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from evoloss.engine.dense_layers import activate, activate_backward, affine, read_layers
+from evoloss.engine.dense_layers import (
+    activate,
+    activate_backward,
+    affine,
+    compute_jacobians,
+    forward_values,
+    read_layers,
+)
 from evoloss.engine.population_loss import PopulationLoss, TaskLoss
 from evoloss.engine.products import product, stacked_product
 from evoloss.engine.settings import TrainingSettings
@@ -28,7 +35,7 @@ from evoloss.engine.streams import Batch
 from evoloss.engine.threads import map_on_threads
 from evoloss.tasks import Task
 
-CHUNK_BYTES = {"cpu": 2**21, "cuda": 2**28}
+CHUNK_BYTES = 2**21
 """The values of a chunk of candidates take about as much, or it is one candidate."""
 
 
@@ -68,29 +75,6 @@ class DenseContext:
         for layer in self.layers:
             tensors += [layer.weight, layer.inputs, layer.jacobian, *layer.outer]
         return sum(tensor.nbytes for tensor in tensors)
-
-
-def forward_values(
-    layers: Sequence[Sequence[Tensor]], kinds: Sequence[str], x: Tensor
-) -> list[Tensor]:
-    """Return ``x`` (rows, in) and the values of every layer (rows, out); a layer is its weight and, or not, bias."""
-    values = [x]
-    for (weight, *bias), kind in zip(layers, kinds, strict=True):
-        values.append(activate(kind, product(values[-1], weight.t(), *bias)))
-    return values
-
-
-def compute_jacobians(
-    weights: Sequence[Tensor], kinds: Sequence[str], values: Sequence[Tensor]
-) -> list[Tensor]:
-    """Return the outputs' Jacobian by every layer's Z, (rows, C, out); ``values`` of `forward_values`."""
-    slopes = activate_backward(kinds[-1], torch.ones_like(values[-1]), values[-1])
-    jacobians = [torch.diag_embed(slopes)]
-    for i in range(len(weights) - 1, 0, -1):
-        upstream = product(jacobians[0].flatten(0, 1), weights[i])
-        upstream = upstream.view(*jacobians[0].shape[:2], -1)
-        jacobians.insert(0, activate_backward(kinds[i - 1], upstream, values[i].unsqueeze(1)))
-    return jacobians
 
 
 @torch.no_grad()
@@ -247,7 +231,7 @@ def dense_meta_gradients(
     u = loss.output_gradients(context.inner_outputs, context.inner_targets) * -rate
     rows = len(context.outer_targets)
     widths = sum(2 * len(layer.weight) + len(layer.inputs) for layer in context.layers)
-    chunk = max(1, CHUNK_BYTES[u.device.type] // (rows * widths * u.element_size()))
+    chunk = max(1, CHUNK_BYTES // (rows * widths * u.element_size()))
 
     def work(_: None, part: Tensor) -> tuple[Tensor, Tensor]:
         return _step_through(context.layers, task, context, part)

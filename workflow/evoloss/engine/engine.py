@@ -21,6 +21,7 @@ from evoloss.engine.convolutional import ConvolutionalPath
 from evoloss.engine.dense import DensePath
 from evoloss.engine.general import GeneralPath
 from evoloss.engine.linear import LinearPath
+from evoloss.engine.linearised import LinearisablePath
 from evoloss.engine.local_search import LocalSearchSettings, MetaSteps, run_local_search
 from evoloss.engine.memory import Chunk, Chunks
 from evoloss.engine.path import Context, Path
@@ -166,16 +167,31 @@ class Engine:
         run.advance(num_steps)
         return run.evaluate("validation").metric
 
-    def prepare(self, model: nn.Module, inner: Sequence[Batch], outer: Batch) -> Context:
-        """Return all of a meta-step from ``model`` over ``inner`` to ``outer`` that the losses do not change."""
+    def prepare(
+        self, model: nn.Module, inner: Sequence[Batch], outer: Batch, linearised: bool = False
+    ) -> Context:
+        """Return all of a meta-step from ``model`` over ``inner`` to ``outer`` that the losses do not change.
+
+        ``linearised``: see `evoloss.engine.linearised`; there is one inner batch then.
+        """
+        prepare = self._find_linearisation() if linearised else self.path.prepare
         if len(inner) == 1:
             with set_gpu_products(self.settings.precision, self.device):
                 # there is nothing to halve: out of memory it only ends with a sentence
                 ((_, context),) = self._meta_chunks.run(
-                    [(0,)], lambda _: self.path.prepare(model, inner[0], outer)
+                    [(0,)], lambda _: prepare(model, inner[0], outer)
                 )
             return cast(Context, context)
         return UnrolledContext(model, tuple(inner), outer)
+
+    def _find_linearisation(self) -> Callable[[nn.Module, Batch, Batch], Context]:
+        if isinstance(self.path, LinearisablePath):
+            return self.path.prepare_linearised
+        able = [kind.name for kind in FAST_PATHS if issubclass(kind, LinearisablePath)]
+        raise ConfigError(
+            f"local_search.linearised: true is for models of the paths {' and '.join(able)}, but {self.model_name} is "
+            f"trained by the path {self.path.name}; set it to false"
+        )
 
     def meta_gradients(
         self, context: Context, loss: PopulationLoss
@@ -211,7 +227,8 @@ class Engine:
         Raises
         ------
         ConfigError
-            If the base models are trained by Adam: the meta-gradients are those of SGD steps.
+            If the base models are trained by Adam: the meta-gradients are those of SGD steps. If ``settings`` ask for
+            the linearised form and there is none, for this path or for several inner steps.
         ModelError
             If the model has no second derivative, or memory does not hold a single loss.
         """
@@ -219,6 +236,10 @@ class Engine:
             raise ConfigError(
                 f"training.optimizer: {self.settings.optimizer} has no local search (methods: evomal), "
                 "which differentiates through SGD steps; choose sgd"
+            )
+        if settings.linearised and settings.inner_steps != 1:
+            raise ConfigError(
+                f"local_search.linearised: true needs local_search.inner_steps: 1, not {settings.inner_steps}"
             )
         if not programs or settings.meta_steps == 0:
             return list(programs)

@@ -138,6 +138,10 @@ class LinearPath:
             outer.y,
         )
 
+    def prepare_linearised(self, model: nn.Module, inner: Batch, outer: Batch) -> LinearContext:
+        """See `evoloss.engine.linearised.LinearisablePath`: the model is linear, so this is exact."""
+        return self.prepare(model, inner, outer)
+
     def meta_gradients(
         self, context: LinearContext, loss: PopulationLoss
     ) -> tuple[Tensor, NDArray[np.float64]]:

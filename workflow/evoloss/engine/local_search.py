@@ -28,11 +28,15 @@ CACHE_BYTES = 2**28
 
 @dataclass(frozen=True)
 class LocalSearchSettings:
-    """Unrolled differentiation: ``meta_steps`` Adam steps of ``meta_learning_rate`` on phi through ``inner_steps``."""
+    """Unrolled differentiation: ``meta_steps`` Adam steps of ``meta_learning_rate`` on phi through ``inner_steps``.
+
+    ``linearised``: approximate, along the tangent of the inner step (`evoloss.engine.linearised`).
+    """
 
     meta_steps: int
     inner_steps: int
     meta_learning_rate: float
+    linearised: bool = False
 
 
 class MetaSteps:
@@ -64,6 +68,7 @@ class MetaSteps:
             engine.build_model(*self._stream, step),
             [engine.batch("train", rows) for rows in self._inner[step * k : (step + 1) * k]],
             engine.batch("validation", self._outer[step]),
+            linearised=self._settings.linearised,
         )
         if context.nbytes <= self._free:
             self._free -= context.nbytes

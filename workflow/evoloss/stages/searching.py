@@ -48,6 +48,7 @@ def build_search_settings(
             local_search["meta_steps"],
             local_search["inner_steps"],
             local_search["meta_learning_rate"],
+            local_search["linearised"],
         )
         if local_search
         else None,
@@ -113,6 +114,7 @@ def search_loss(
         "method": method,
         "search_seed": search_seed,
         "learning_rate": engine.settings.learning_rate,
+        "local_search": _describe_local_search(local_search),
         "provenance": provenance(
             {
                 "task": stage.task,
@@ -126,6 +128,12 @@ def search_loss(
     }
     columns = {name: [row[name] for row in result.history] for name in result.history[0]}
     return hall_of_fame, columns
+
+
+def _describe_local_search(local_search: Mapping[str, Any]) -> str | None:
+    if not local_search:
+        return None
+    return "linearised" if local_search["linearised"] else "exact"
 
 
 def _describe_front(result: SearchResult) -> dict[str, Any]:
