@@ -24,7 +24,7 @@ from evoloss.tasks import Task
 
 @dataclass
 class LinearState:
-    """Weights (D, P, C), biases (P, C) and what their optimiser remembers."""
+    """Weights (P, C, D), biases (P, C) and what their optimiser remembers."""
 
     weight: Tensor
     bias: Tensor
@@ -33,7 +33,10 @@ class LinearState:
 
 @dataclass(frozen=True)
 class LinearContext:
-    """Outputs at the initial parameters on the inner (1, B, C) and outer batch (V, C), and K (V, B)."""
+    """Outputs at the initial parameters on the inner (1, B, C) and outer batch (C, V), and K (V, B).
+
+    Inner outputs and all targets are transposes of contiguous tensors with the classes first.
+    """
 
     inner_outputs: Tensor
     outer_outputs: Tensor
@@ -83,58 +86,65 @@ class LinearPath:
         """See `evoloss.engine.path.Path`."""
         layers = [self._layer(model) for model in models]
         return LinearState(
-            torch.stack([weight.t() for weight, _ in layers], 1),
-            torch.stack([bias for _, bias in layers]),
+            torch.stack([weight for weight, _ in layers]), torch.stack([bias for _, bias in layers])
         )
 
     def select(self, state: LinearState, keep: Sequence[int]) -> LinearState:
         """See `evoloss.engine.path.Path`."""
         chosen = torch.tensor(list(keep), dtype=torch.long, device=state.bias.device)
         return LinearState(
-            state.weight[:, chosen],
+            state.weight[chosen],
             state.bias[chosen],
-            state.optimizer.apply(lambda t: t.index_select(t.dim() - 2, chosen)),
+            state.optimizer.apply(lambda t: t.index_select(0, chosen)),
         )
 
     def advance(
         self, state: LinearState, loss: OutputLoss, x: Tensor, targets: Tensor, batches: Tensor
     ) -> None:
         """See `evoloss.engine.path.Path`."""
-        inputs = x.flatten(1)
-        features, size, classes = state.weight.shape
+        inputs, labels = x.flatten(1), targets.t().contiguous()
         for rows in batches:
-            batch = inputs[rows]
-            outputs = torch.mm(batch, state.weight.view(features, -1)).view(-1, size, classes)
-            upstream = loss.output_gradients(
-                (outputs + state.bias).transpose(0, 1).contiguous(), targets[rows]
-            )
-            bias_step = upstream.sum(1)
-            flat = upstream.transpose(0, 1).reshape(len(rows), -1)
-            weight_step = torch.mm(batch.t(), flat).view_as(state.weight)
-            update_parameters(
-                self.settings,
-                [state.weight, state.bias],
-                [weight_step, bias_step],
-                state.optimizer,
-            )
+            batch = inputs.index_select(0, rows)
+            outputs = self._multiply(state, batch)
+            upstream = loss.output_gradients(outputs.mT, labels.index_select(1, rows).mT).mT
+            self._step(state, upstream, batch)
+
+    @staticmethod
+    def _multiply(state: LinearState, inputs: Tensor) -> Tensor:
+        """Return the outputs (P, C, N) for ``inputs`` (N, D)."""
+        weight = state.weight.flatten(0, 1)
+        return torch.addmm(state.bias.view(-1, 1), weight, inputs.t()).view(*state.bias.shape, -1)
+
+    def _step(self, state: LinearState, upstream: Tensor, batch: Tensor) -> None:
+        s = self.settings
+        flat, bias_step = upstream.flatten(0, 1), upstream.sum(-1)
+        if s.optimizer == "sgd" and not s.momentum:
+            # the product adds to the weights in place: no tensor of steps
+            shrink = 1.0 - s.learning_rate * s.weight_decay
+            weight = state.weight.flatten(0, 1)
+            weight.addmm_(flat, batch, beta=shrink, alpha=-s.learning_rate)
+            state.bias.mul_(shrink).sub_(bias_step, alpha=s.learning_rate)
+            return
+        weight_step = torch.mm(flat, batch).view_as(state.weight)
+        params = [state.weight, state.bias]
+        update_parameters(s, params, [weight_step, bias_step], state.optimizer)
 
     def outputs(self, state: LinearState, x: Tensor) -> Tensor:
         """See `evoloss.engine.path.Path`."""
-        features, size, classes = state.weight.shape
-        out = torch.mm(x.flatten(1), state.weight.view(features, -1)).view(-1, size, classes)
-        return (out + state.bias).transpose(0, 1).contiguous()
+        return self._multiply(state, x.flatten(1)).mT.contiguous()
 
     def prepare(self, model: nn.Module, inner: Batch, outer: Batch) -> LinearContext:
         """See `evoloss.engine.path.Path`."""
         weight, bias = self._layer(model)
         x_in, x_out = inner.x.flatten(1), outer.x.flatten(1)
         shrink = 1.0 - self.settings.first_step_rate * self.settings.weight_decay
+        column = bias.unsqueeze(1)
         return LinearContext(
-            torch.addmm(bias, x_in, weight.t()).unsqueeze(0),
-            shrink * torch.addmm(bias, x_out, weight.t()),
+            torch.addmm(column, weight, x_in.t()).t().unsqueeze(0),
+            shrink * torch.addmm(column, weight, x_out.t()),
             torch.mm(x_out, x_in.t()) + 1.0,
-            inner.targets,
-            outer.targets,
+            inner.targets.t().contiguous().t(),
+            outer.targets.t().contiguous().t(),
             outer.y,
         )
 
@@ -148,9 +158,13 @@ class LinearPath:
         """See `evoloss.engine.path.Path`."""
         c = context
         rate = self.settings.first_step_rate
-        upstream = loss.output_gradients(c.inner_outputs, c.inner_targets)
-        stepped = c.outer_outputs - rate * torch.matmul(c.gram, upstream)
-        outer_upstream = TaskLoss(self.task).output_gradients(stepped, c.outer_targets)
-        directions = torch.matmul(c.gram.t(), outer_upstream)
-        values = self.task.compute_task_loss(stepped, c.outer_y)
+        upstream = loss.output_gradients(c.inner_outputs, c.inner_targets).mT
+        stepped = torch.empty(
+            (loss.size, *c.outer_outputs.shape), dtype=upstream.dtype, device=upstream.device
+        ).copy_(c.outer_outputs)
+        stepped.flatten(0, 1).addmm_(upstream.flatten(0, 1), c.gram.t(), alpha=-rate)
+        values, outer_upstream = TaskLoss(self.task).values_and_gradients(
+            stepped.mT, c.outer_targets, c.outer_y
+        )
+        directions = torch.mm(outer_upstream.mT.flatten(0, 1), c.gram).view_as(upstream).mT
         return values, -rate * loss.weight_gradients(c.inner_outputs, c.inner_targets, directions)

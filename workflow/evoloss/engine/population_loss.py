@@ -29,12 +29,27 @@ class OutputLoss(Protocol):
     size: int
 
     def output_gradients(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return d loss_p / d outputs; ``outputs`` (P, B, C), ``targets`` encoded (B, C) -> (P, B, C)."""
+        """Return d loss_p / d outputs; ``outputs`` (P, B, C), ``targets`` encoded (B, C) -> (P, B, C).
+
+        The result has the memory order of ``outputs``; fastest is that of a contiguous (P, C, B), transposed.
+        """
         ...
 
     def select(self, keep: Sequence[int]) -> OutputLoss:
         """Return the losses with the given numbers."""
         ...
+
+
+def has_classes_first(outputs: Tensor) -> bool:
+    """Tell whether (..., B, C) is the transpose of a contiguous (..., C, B), along which softmax is fast."""
+    return not outputs.is_contiguous() and outputs.mT.is_contiguous()
+
+
+def activate(task: Task, outputs: Tensor) -> Tensor:
+    """Return `Task.activate` of ``outputs`` (..., B, C), in their memory order."""
+    if task.kind == "classification" and task.num_outputs > 1 and has_classes_first(outputs):
+        return outputs.mT.softmax(-2).mT
+    return task.activate(outputs)
 
 
 class TaskLoss:
@@ -46,10 +61,28 @@ class TaskLoss:
 
     def output_gradients(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """See `OutputLoss`. For softmax and sigmoid alike the gradient of the log-loss is (f - y) / batch."""
-        difference = self.task.activate(outputs) - targets
-        if self.task.task_loss == "mse":
-            return difference * (2.0 / targets.numel())
-        return difference / targets.shape[0]
+        return self._scale(activate(self.task, outputs) - targets)
+
+    def _scale(self, difference: Tensor) -> Tensor:
+        rows, columns = difference.shape[-2:]
+        return difference.mul_(2.0 / (rows * columns) if self.task.task_loss == "mse" else 1 / rows)
+
+    def values_and_gradients(
+        self, outputs: Tensor, targets: Tensor, y: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the losses (P,) and `output_gradients`; ``y`` are the labels as `Task.compute_task_loss` takes them.
+
+        Cross-entropy of ``outputs`` with classes first takes one softmax for both.
+        """
+        if (
+            self.task.task_loss == "mse"
+            or self.task.num_outputs == 1
+            or not has_classes_first(outputs)
+        ):
+            return self.task.compute_task_loss(outputs, y), self.output_gradients(outputs, targets)
+        log_p = outputs.mT.log_softmax(-2)
+        chosen = log_p.gather(-2, y.expand(len(outputs), 1, -1))
+        return -chosen.flatten(1).mean(-1), self._scale(log_p.exp_().mT - targets)
 
     def select(self, keep: Sequence[int]) -> TaskLoss:
         """See `OutputLoss`."""
@@ -63,7 +96,7 @@ def activation_backward(task: Task, predictions: Tensor, upstream: Tensor) -> Te
     if task.num_outputs == 1:
         return upstream * predictions * (1.0 - predictions)
     weighted = upstream * predictions
-    return weighted - predictions * weighted.sum(-1, keepdim=True)
+    return weighted.addcmul_(predictions, weighted.sum(-1, keepdim=True), value=-1.0)
 
 
 class PopulationLoss:
@@ -119,12 +152,15 @@ class PopulationLoss:
                 return self.prediction_gradients_by_autograd(predictions, targets)
             flat = predictions.detach().flatten(1)
             return programs.loss_gradients(targets.flatten(), flat).view(-1, *targets.shape)
+        predictions = predictions.detach()
+        classes_first = has_classes_first(predictions)
+        if classes_first:
+            predictions, targets = predictions.mT, targets.mT
         _, gradient = loss_gradients(
-            self._packed,
-            targets.reshape(-1).numpy(),
-            predictions.detach().reshape(predictions.shape[0], -1).numpy(),
+            self._packed, targets.reshape(-1).numpy(), predictions.flatten(1).numpy()
         )
-        return torch.from_numpy(gradient).reshape(self.size, *targets.shape)
+        result = torch.from_numpy(gradient).view(self.size, *targets.shape)
+        return result.mT if classes_first else result
 
     def prediction_gradients_by_autograd(self, predictions: Tensor, targets: Tensor) -> Tensor:
         """Do the same by autograd, for devices that the kernels do not reach."""
@@ -134,8 +170,8 @@ class PopulationLoss:
 
     def output_gradients(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """See `OutputLoss`."""
-        predictions = self.task.activate(outputs.detach())
-        gradient = self.prediction_gradients(predictions, targets) * self._mean_factor(targets)
+        predictions = activate(self.task, outputs.detach())
+        gradient = self.prediction_gradients(predictions, targets).mul_(self._mean_factor(targets))
         return activation_backward(self.task, predictions, gradient)
 
     def weight_gradients(
@@ -145,7 +181,7 @@ class PopulationLoss:
 
         ``outputs`` (P or 1, B, C), ``targets`` (B, C), ``direction`` (P, B, C), e.g. the Jacobian-vector product J g.
         """
-        predictions = self.task.activate(outputs.detach())
+        predictions = activate(self.task, outputs.detach())
         u = activation_backward(self.task, predictions, direction) * self._mean_factor(targets)
         if outputs.device.type == "cpu":
             return self.weight_gradients_by_kernel(predictions, targets, u)
@@ -161,12 +197,14 @@ class PopulationLoss:
         self, predictions: Tensor, targets: Tensor, u: Tensor
     ) -> NDArray[np.float64]:
         """Return d < u_p, dM_p/df > / d weights, shape ``(instructions,)``; shapes as in `weight_gradients`."""
+        if has_classes_first(predictions):
+            predictions, targets, u = predictions.mT, targets.mT, u.mT
         return mixed_gradients(
             self._packed,
             targets.reshape(-1).numpy(),
-            predictions.reshape(predictions.shape[0], -1).numpy(),
-            u.reshape(self.size, -1).contiguous().numpy(),
-        ).astype(np.float64)
+            predictions.flatten(1).numpy(),
+            u.flatten(1).numpy(),
+        )
 
     def weight_gradients_by_autograd(
         self, predictions: Tensor, targets: Tensor, u: Tensor
