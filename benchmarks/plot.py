@@ -23,7 +23,7 @@ SPARE = METHOD_STYLES["baseline"]
 
 
 def draw_scaling(results: dict[str, Any], svg: Path, png: Path) -> None:
-    """Write the figure: one column per variable, seconds above and peak memory below, all axes logarithmic."""
+    """Write the figure: one column per variable, seconds above (log-log) and peak memory below."""
     with figure_style():
         figure, axes = panel_grid(2 * len(LABELS), columns=len(LABELS), height=2.6)
         for column, (variable, label) in enumerate(LABELS.items()):
@@ -32,8 +32,9 @@ def draw_scaling(results: dict[str, Any], svg: Path, png: Path) -> None:
                 _draw_line(above, below, workload, lines[variable])
             for panel in (above, below):
                 panel.set_xscale("log")
-                panel.set_yscale("log")
                 panel.set_xlabel(label)
+            above.set_yscale("log")
+            below.set_ylim(bottom=0)
             above.set_ylabel("seconds" if column == 0 else "")
             below.set_ylabel("peak memory (MiB)" if column == 0 else "")
         handles, names = axes[0].get_legend_handles_labels()
