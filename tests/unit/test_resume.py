@@ -165,3 +165,26 @@ def test_snapshot_fills_what_is_there_and_adds_what_is_not() -> None:
     array = restore_snapshot(np.zeros(2), take_snapshot(np.arange(2.0)))
     assert isinstance(array, np.ndarray)
     assert array.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("points", [0, 1, 3])
+def test_a_final_training_goes_on_exactly(points: int) -> None:
+    engine = Engine(make_task("linear"), "linear", TRAINING, CPU)
+    loss = engine.population_loss([compile_weighted_tree(parse_expression("abs(sub(y, f(x)))"))])
+    splits, places = ("train", "validation", "test"), (0, 60, 100, 200)
+    expected = list(engine.train(loss, 200, 1, evaluate_at=places, splits=splits))
+    left, progress = points, None
+
+    def stop(describe: Callable[[], Any]) -> None:
+        nonlocal left, progress
+        left -= 1
+        if left < 0:
+            progress = take_snapshot(describe())
+            raise Kill
+
+    found = []
+    disturbed = engine.train(loss, 200, 1, evaluate_at=places, splits=splits, at_safe_point=stop)
+    with pytest.raises(Kill):
+        found.extend(disturbed)
+    found += engine.train(loss, 200, 1, evaluate_at=places, splits=splits, resume=progress)
+    assert repr(found) == repr(expected)

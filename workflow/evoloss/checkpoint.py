@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -155,10 +154,6 @@ class Checkpoints:
                 raise
             logger.warning("no checkpoint written: %s", error)
         self._saved = time.monotonic()
-
-    def remove(self) -> None:
-        """Delete the checkpoints: the job is done."""
-        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def _write(path: Path, data: bytes) -> None:

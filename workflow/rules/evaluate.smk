@@ -21,6 +21,7 @@ rule train_model:
         runtime=grow(480),
         gpu=GPU,
     params:
+        checkpoints="results/checkpoints/train_model/{task}/{model}/{method}/seed_{train_seed}",
         device=config["device"],
         method=lambda wildcards: wildcards.method,
         search_seeds=get_search_seeds,

@@ -21,6 +21,7 @@ rule search_loss:
         runtime=grow(1440),
         gpu=GPU,
     params:
+        checkpoints="results/checkpoints/search_loss/{task}/{method}/seed_{search_seed}",
         device=config["device"],
         local_search=get_local_search,
         method=lambda wildcards: wildcards.method,

@@ -7,8 +7,9 @@ from evoloss.stages.setup import StageInput
 
 if __name__ == "__main__":
     with script_logging(snakemake):
+        stage = StageInput.from_snakemake(snakemake)
         hall_of_fame, history = search_loss(
-            StageInput.from_snakemake(snakemake),
+            stage,
             snakemake.params.method,
             snakemake.params.search,
             snakemake.params.local_search,
@@ -16,3 +17,4 @@ if __name__ == "__main__":
         )
         write_parquet(snakemake.output.history, history, {"provenance": hall_of_fame["provenance"]})
         write_json(snakemake.output.hall_of_fame, hall_of_fame)
+        stage.remove_checkpoints()

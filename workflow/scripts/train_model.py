@@ -8,8 +8,9 @@ from evoloss.stages.training import train_model
 if __name__ == "__main__":
     with script_logging(snakemake):
         params = snakemake.params
+        stage = StageInput.from_snakemake(snakemake)
         columns, metadata = train_model(
-            StageInput.from_snakemake(snakemake),
+            stage,
             params.method,
             snakemake.input.get("losses") or [],
             params.search_seeds,
@@ -17,3 +18,4 @@ if __name__ == "__main__":
             params.seed,
         )
         write_parquet(snakemake.output.run, columns, metadata)
+        stage.remove_checkpoints()

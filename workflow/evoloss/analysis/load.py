@@ -14,8 +14,8 @@ from typing import Any
 
 import pandas as pd
 
-from evoloss.errors import DataError
 from evoloss.dataset_card import read_dataset_card
+from evoloss.errors import DataError
 from evoloss.results import read_json, read_parquet
 
 RUN_KEYS = ["task", "model", "method", "search_seed", "train_seed"]

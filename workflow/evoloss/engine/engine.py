@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -133,16 +134,24 @@ class Engine:
         *stream: int | str,
         evaluate_at: Sequence[int] | None = None,
         splits: Sequence[str] = ("validation",),
+        resume: Mapping[str, Any] | None = None,
+        at_safe_point: SafePoint | None = None,
     ) -> Iterator[Evaluation]:
         """Train ``loss.size`` networks from the same parameters on the same batches; yield their evaluations.
 
         ``evaluate_at`` are step numbers (default: the last one only); step 0 is the untrained network. Before the
         last step the training split is measured on its first `CURVE_ROWS`; the test split at the last step alone.
+        ``resume`` is the progress that ``at_safe_point`` was given in an earlier process: then only what had not been
+        evaluated before is.
         """
         steps = sorted({num_steps} if evaluate_at is None else {*evaluate_at, num_steps})
         run = TrainingRun(self, loss, num_steps, *stream)
+        if resume is not None:
+            run.restore(resume)
         for step in steps:
-            run.advance(step)
+            if step < run.step:
+                continue
+            run.advance(step, at_safe_point and partial(at_safe_point, run.describe))
             for name in splits:
                 if step == num_steps:
                     yield run.evaluate(name)

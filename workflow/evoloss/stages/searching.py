@@ -104,7 +104,10 @@ def search_loss(
         engine.path.name,
         engine.device,
     )
-    result = GPSearch(engine, settings, search_seed).run(ProgressLog(settings.num_generations))
+    checkpoints = stage.open_checkpoints([method, search, local_search, search_seed])
+    result = GPSearch(engine, settings, search_seed, checkpoints).run(
+        ProgressLog(settings.num_generations)
+    )
     hall_of_fame = _describe_front(result)
     if not result.front:
         logger.warning("search failed: %s", hall_of_fame["reason"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from evoloss.checkpoint import Checkpoints, compute_identity
 from evoloss.engine import Engine, TrainingSettings, choose_device
 from evoloss.errors import DataError
 from evoloss.results import read_json
@@ -34,6 +36,10 @@ class StageInput:
         CPU threads; part of what makes results reproducible, because sums depend on it.
     tuned_path : str or None
         Result of tune_learning_rate, whose learning rate replaces ``training.learning_rate``.
+    checkpoint_directory : str or None
+        Where a long job's checkpoints live until it is done; None for a rule without.
+    checkpoint_seconds : float
+        A job that is killed loses at most so much of its work, and the step it was at.
     """
 
     task: Mapping[str, Any]
@@ -42,6 +48,8 @@ class StageInput:
     device: str
     threads: int
     tuned_path: str | None = None
+    checkpoint_directory: str | None = None
+    checkpoint_seconds: float = 120.0
 
     @property
     def settings(self) -> TrainingSettings:
@@ -78,7 +86,22 @@ class StageInput:
             device=snakemake.params.device,
             threads=snakemake.threads,
             tuned_path=str(tuned) if tuned else None,
+            checkpoint_directory=snakemake.params.get("checkpoints"),
         )
+
+    def open_checkpoints(self, content: Any, *files: str | Path) -> Checkpoints | None:
+        """Return the job's checkpoints, tied to all it computes from: this, ``content`` and ``files``."""
+        if self.checkpoint_directory is None:
+            return None
+        where = [choose_device(self.device).type, self.threads]
+        inputs = [self.dataset_path, *([self.tuned_path] if self.tuned_path else []), *files]
+        identity = compute_identity([self.task, self.training, where, content], *inputs)
+        return Checkpoints(self.checkpoint_directory, identity, self.checkpoint_seconds)
+
+    def remove_checkpoints(self) -> None:
+        """Delete the job's checkpoints, once its results are written."""
+        if self.checkpoint_directory is not None:
+            shutil.rmtree(self.checkpoint_directory, ignore_errors=True)
 
 
 def read_tuned_rate(path: str | Path) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,16 @@ def train_model(
         owners = list(present)
     steps = np.unique(np.linspace(0, train["steps"], train["num_evaluations"] + 1).round())
     rows: list[tuple[Any, ...]] = []
+    resume = None
+    checkpoints = stage.open_checkpoints([method, search_seeds, train, train_seed], *loss_paths)
+    if checkpoints is not None and (progress := checkpoints.load()) is not None:
+        resume = progress["run"]
+        rows = [tuple(row) for row in progress["rows"]]
+
+    def reach_safe_point(describe_run: Callable[[], Any]) -> None:
+        if checkpoints is not None:
+            checkpoints.reach_safe_point(lambda: {"rows": rows, "run": describe_run()})
+
     for evaluation in (
         ()
         if loss is None
@@ -66,6 +76,8 @@ def train_model(
             "train",
             evaluate_at=[int(step) for step in steps],
             splits=("train", "validation", "test"),
+            resume=resume,
+            at_safe_point=reach_safe_point,
         )
     ):
         metrics = {engine.task.metric: evaluation.metric}
