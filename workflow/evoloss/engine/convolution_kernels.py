@@ -177,7 +177,8 @@ def add_dot_products(  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, error_model="numpy", nogil=True, fastmath=_FLAGS)
-def _tanh(x, out, upper, lower):  # type: ignore[no-untyped-def]
+def _tanh(x, upper, lower):  # type: ignore[no-untyped-def]
+    """In place: of two arrays that may be one the compiler would make no vector code."""
     one = x.dtype.type(1)
     bound = x.dtype.type(_TANH_RANGE)
     for j in range(x.size):
@@ -194,7 +195,7 @@ def _tanh(x, out, upper, lower):  # type: ignore[no-untyped-def]
         p, q = p * z + upper[0], q * z + lower[0]
         y = v * p / q
         y = one if y > one else y
-        out[j] = -one if y < -one else y
+        x[j] = -one if y < -one else y
 
 
 def compute_tanh(x: Tensor, out: Tensor) -> None:
@@ -207,4 +208,6 @@ def compute_tanh(x: Tensor, out: Tensor) -> None:
         torch.tanh(x, out=out)
         return
     upper, lower = (np.array(c, dtype=np.float32) for c in (_TANH_UPPER, _TANH_LOWER))
-    _tanh(x.view(-1).numpy(), out.view(-1).numpy(), upper, lower)
+    if out is not x:
+        out.copy_(x)
+    _tanh(out.view(-1).numpy(), upper, lower)
