@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from evoloss.engine.engine import Engine
+from evoloss.engine.optimizer import OptimizerState, update_parameters
+from evoloss.engine.settings import TrainingSettings
 from evoloss.expressions import Expression, Program
 from evoloss.expressions.operators import PREDICTION
 
@@ -78,16 +80,19 @@ def run_rejection_protocol(
     with torch.no_grad():
         start = engine.build_model(*stream, "rejection")(batch.x)
     loss = engine.population_loss(programs)
-    outputs = start.expand(loss.size, *start.shape).clone()
-    adam = torch.optim.Adam([outputs], lr=settings.learning_rate, foreach=False)
+    # with the outputs before the samples: the losses are fastest there
+    outputs = start.t().repeat(loss.size, 1, 1)
+    rule = TrainingSettings(len(rows), settings.learning_rate, optimizer="adam")
+    moments = OptimizerState()
     before = task.compute_metric(start, batch.y).item()
     # a sample that the untrained network gets right by luck cannot improve in the metric; then the task loss must
     measure = task.compute_metric if before > 0 else task.compute_task_loss
     before = measure(start, batch.y).item()
     for _ in range(settings.steps):
         # the sum over samples: Adam's step must not vanish in its epsilon because the batch is large
-        outputs.grad = loss.output_gradients(outputs, batch.targets) * len(rows)
-        adam.step()
+        step = loss.output_gradients(outputs.mT, batch.targets).mul_(len(rows))
+        update_parameters(rule, [outputs], [step.mT], moments)
+    outputs = outputs.mT.contiguous()
     after = measure(outputs, batch.y).double().cpu().numpy()
     gradient = loss.output_gradients(outputs, batch.targets).double().cpu().numpy()
     finite = np.isfinite(gradient).all((1, 2)) & np.isfinite(outputs.cpu().numpy()).all((1, 2))

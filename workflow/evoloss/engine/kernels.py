@@ -87,6 +87,11 @@ class PackedPrograms:
     trainable: NDArray[np.bool_]
     offsets: NDArray[np.int64]
 
+    @functools.cached_property
+    def longest(self) -> int:
+        """The instructions of the longest program."""
+        return int(np.diff(self.offsets).max())
+
     @property
     def arrays(self) -> tuple[NDArray[Any], ...]:
         """What the compiled kernels read, in their order."""
@@ -166,8 +171,7 @@ def _fill_constants(x, d):  # type: ignore[no-untyped-def]
 
 def _rows(packed: PackedPrograms, count: int, more: int) -> NDArray[Any]:
     """Return ``count`` sets of rows for the longest program and ``more``."""
-    longest = int(np.diff(packed.offsets).max())
-    return np.empty((count, longest + more, BLOCK), dtype=packed.weights.dtype)
+    return np.empty((count, packed.longest + more, BLOCK), dtype=packed.weights.dtype)
 
 
 def loss_gradients(

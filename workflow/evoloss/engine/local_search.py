@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from evoloss.engine.optimizer import OptimizerState, update_parameters
 from evoloss.engine.path import Context
 from evoloss.engine.safe_point import SafePoint
+from evoloss.engine.settings import TrainingSettings
 from evoloss.engine.streams import draw_batches
 from evoloss.expressions import Program
 
@@ -95,29 +97,36 @@ def run_local_search(
     trainable = np.concatenate([program.trainable for program in current])
     owner = np.repeat(np.arange(len(current)), np.diff(loss.offsets))
     weights = torch.from_numpy(np.concatenate([program.weights for program in current]))
-    adam = torch.optim.Adam([weights], lr=settings.meta_learning_rate, foreach=False)
+    # torch's rule without the bookkeeping of `torch.optim.Adam`, which costs as much as a meta-step of a small model
+    rule = TrainingSettings(1, settings.meta_learning_rate, optimizer="adam")
+    moments = OptimizerState()
     alive = np.ones(len(current), dtype=bool)
     first = 0
     if resume is not None:
         first, alive = resume["step"], np.array(resume["alive"])
         weights.copy_(resume["weights"])
-        adam.state[weights] = dict(resume["adam"])
+        kept = resume["adam"]
+        moments = OptimizerState([kept["exp_avg"]], [kept["exp_avg_sq"]], [kept["step"]])
         loss.set_weights(weights.numpy())
 
     def describe_progress() -> dict[str, Any]:
-        moments = dict(adam.state[weights])
-        return {"step": step + 1, "alive": alive.tolist(), "weights": weights, "adam": moments}
+        names = ("exp_avg", "exp_avg_sq", "step")
+        tensors = (moments.first[0], moments.second[0], moments.steps[0])
+        kept = dict(zip(names, tensors, strict=True))
+        return {"step": step + 1, "alive": alive.tolist(), "weights": weights, "adam": kept}
 
     for step in range(first, len(steps)):
         values, gradient = engine.meta_gradients(steps[step], loss)
-        bad = np.zeros(len(current), dtype=bool)
-        np.logical_or.at(bad, owner, ~np.isfinite(gradient) & trainable)
-        alive &= ~bad
+        finite = np.isfinite(gradient) | ~trainable
+        if not finite.all():
+            alive &= np.logical_and.reduceat(finite, loss.offsets[:-1])
+        moving = trainable & alive[owner]
         before = weights.clone()
-        weights.grad = torch.from_numpy(np.where(trainable & alive[owner], gradient, 0.0))
-        adam.step()
-        frozen = torch.from_numpy(~(trainable & alive[owner]))
-        weights[frozen] = before[frozen]
+        masked = torch.from_numpy(np.where(moving, gradient, 0.0))
+        update_parameters(rule, [weights], [masked], moments)
+        if not alive.all():
+            # a weight that has moved would go on with the moments that are left of its gradients
+            np.copyto(weights.numpy(), before.numpy(), where=~moving)
         loss.set_weights(weights.numpy())
         if on_step is not None or step == len(steps) - 1:
             current = _with_weights(current, weights.numpy(), loss.offsets)
