@@ -54,6 +54,7 @@ def _derive(op, x, z):
     """Return value, first (a, b) and second (aa, ab, bb) derivatives of an operator; by b also for unary ones: 0."""
     zero = tl.zeros_like(x)
     one = zero + 1.0
+    tiny = tl.full(x.shape, TINY, x.dtype)  # a literal would be rounded to float32 first
     g, ga, gb, gaa, gab, gbb = x + z, one, one, zero, zero, zero
     if op == SUB:
         g, gb = x - z, -one
@@ -76,13 +77,13 @@ def _derive(op, x, z):
     elif op == ABS:
         g, ga = tl.abs(x), tl.where(x > 0.0, one, tl.where(x < 0.0, -one, zero))
     elif op == LOG:
-        free = tl.abs(x) >= TINY
-        g = tl.log(tl.where(free, tl.abs(x), TINY)) + (x - x)
+        free = tl.abs(x) >= tiny
+        g = tl.log(tl.where(free, tl.abs(x), tiny)) + (x - x)
         ga = tl.where(free, 1.0 / tl.where(free, x, 1.0), zero)
         gaa = -ga * ga
     elif op == SQRT:
-        free = tl.abs(x) >= TINY
-        g = tl.sqrt(tl.where(free, tl.abs(x), TINY)) + (x - x)
+        free = tl.abs(x) >= tiny
+        g = tl.sqrt(tl.where(free, tl.abs(x), tiny)) + (x - x)
         half = tl.where(free, 0.5 / g, zero)
         ga = tl.where(x > 0.0, half, -half)
         gaa = tl.where(free, -0.5 * half / tl.abs(x), zero)
@@ -101,7 +102,8 @@ def _load_arguments(ops, a, b, lo, i, own, ROWS: tl.constexpr, BLOCK: tl.constex
     at_b = own + tl.load(b + lo + i) * ROWS * BLOCK
     x, dx = tl.load(at_a), tl.load(at_a + BLOCK)
     z, dz = tl.load(at_b), tl.load(at_b + BLOCK)
-    protected = ((op == LOG) | (op == SQRT)) & ((tl.abs(x) >= TINY) == 0)
+    tiny = tl.full(x.shape, TINY, x.dtype)
+    protected = ((op == LOG) | (op == SQRT)) & ((tl.abs(x) >= tiny) == 0)
     dx = tl.where((op == SIGN) | protected, 0.0, dx)
     z, dz = tl.where(op <= MAX, z, 0.0), tl.where(op <= MAX, dz, 0.0)
     return x, z, dx, dz
