@@ -25,6 +25,7 @@ from evoloss.engine.general import GeneralPath
 from evoloss.engine.linear import LinearPath
 from evoloss.engine.path import Path
 from evoloss.engine.products import has_onednn, product
+from evoloss.engine.snapshot import restore_snapshot, take_snapshot
 from evoloss.engine.streams import Batch, draw_batches
 from evoloss.errors import ConfigError
 from evoloss.expressions import Program, compile_weighted_tree, parse_expression
@@ -457,3 +458,20 @@ def test_a_search_tells_how_its_meta_gradients_were_computed(
     local_search = tiny["local_search"] | {"linearised": linearised}
     hall_of_fame, _ = search_loss(stage, "evomal", tiny["search"], local_search, 0)
     assert hall_of_fame["local_search"] == ("linearised" if linearised else "exact")
+
+
+@pytest.mark.parametrize("stack_size", [1, 2])
+def test_training_goes_on_from_a_snapshot(stack_size: int) -> None:
+    task = make_task("classes")
+    loss = make_loss(task)
+    targets, batches = task.encode_targets(task.train.y), draw_batches(60, 16, 8, 1)
+    models = [make_network("wide", 3, seed) for seed in range(loss.size)]
+    path = DensePath(task, models[0], SETTINGS["adam"])
+    path.stack_size = stack_size
+    state, later = path.start(models), path.start(models)
+    path.advance(state, loss, task.train.x, targets.double(), batches[:5])
+    later = restore_snapshot(later, copy.deepcopy(take_snapshot(state)))
+    for continued in (state, later):
+        path.advance(continued, loss, task.train.x, targets.double(), batches[5:])
+    x = task.validation.x
+    assert torch.equal(path.outputs(state, x), path.outputs(later, x))

@@ -77,13 +77,14 @@ def tanh_in_place(z: Tensor) -> Tensor:
 
 
 def activate_backward(kind: str, upstream: Tensor, h: Tensor) -> Tensor:
-    """Return ``upstream`` times the activation's derivative where its values are ``h``; of the same shape."""
+    """Multiply ``upstream`` in place by the activation's derivative where its values are ``h``; return it."""
+    aten = torch.ops.aten
     if kind == "relu":
-        return torch.ops.aten.threshold_backward(upstream, h, 0.0)  # type: ignore[no-any-return]
-    if kind == "tanh":
-        return torch.ops.aten.tanh_backward(upstream, h)  # type: ignore[no-any-return]
-    if kind == "sigmoid":
-        return torch.ops.aten.sigmoid_backward(upstream, h)  # type: ignore[no-any-return]
+        aten.threshold_backward.grad_input(upstream, h, 0.0, grad_input=upstream)
+    elif kind == "tanh":
+        aten.tanh_backward.grad_input(upstream, h, grad_input=upstream)
+    elif kind == "sigmoid":
+        aten.sigmoid_backward.grad_input(upstream, h, grad_input=upstream)
     return upstream
 
 
