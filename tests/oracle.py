@@ -81,7 +81,7 @@ def train(
     for rows in batches:
         optimizer.zero_grad()
         z = model(task.train.x[rows])
-        compute_learned_loss(task, program, weights, z, task.train.y[rows]).backward()
+        torch.autograd.backward(compute_learned_loss(task, program, weights, z, task.train.y[rows]))
         optimizer.step()
 
 
@@ -102,7 +102,7 @@ def compute_meta_gradient(
 ) -> tuple[float, NDArray[np.float64]]:
     """Return the outer loss and its gradient by all weights (instructions,), by double backprop through SGD."""
     weights = torch.tensor(program.weights, device=outer[0].device, requires_grad=True)
-    params = dict(model.named_parameters())
+    params: dict[str, Tensor] = dict(model.named_parameters())
     velocity = {name: torch.zeros_like(value) for name, value in params.items()}
     for x, y in inner:
         z = functional_call(model, params, (x,))
@@ -147,6 +147,6 @@ def is_rejected(
     for _ in range(num_steps):
         adam.zero_grad()
         # the sum over samples, so that Adam's epsilon does not matter
-        (compute_learned_loss(task, program, weights, z, y) * len(y)).backward()
+        torch.autograd.backward(compute_learned_loss(task, program, weights, z, y) * len(y))
         adam.step()
     return not compute_metric(task, z.detach(), y) < before
