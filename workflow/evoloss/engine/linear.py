@@ -7,6 +7,7 @@ the stepped weights are never formed.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
@@ -19,6 +20,7 @@ from evoloss.engine.optimizer import OptimizerState, update_parameters
 from evoloss.engine.population_loss import OutputLoss, PopulationLoss, TaskLoss
 from evoloss.engine.settings import TrainingSettings
 from evoloss.engine.streams import Batch
+from evoloss.engine.threads import map_on_threads
 from evoloss.tasks import Task
 
 
@@ -29,6 +31,24 @@ class LinearState:
     weight: Tensor
     bias: Tensor
     optimizer: OptimizerState = field(default_factory=OptimizerState)
+
+    def view(self, first: int, last: int) -> LinearState:
+        """Return the networks ``first:last``, in the same memory."""
+        state = self.optimizer.apply(lambda t: t[first:last])
+        state.steps = [step.clone() for step in state.steps]
+        return LinearState(self.weight[first:last], self.bias[first:last], state)
+
+    def join(self, parts: Sequence[LinearState]) -> None:
+        """Take over what the optimiser of all networks' `view` remembers; their parameters are here already."""
+        states = [part.optimizer for part in parts]
+        self.optimizer = OptimizerState(
+            [
+                None if one[0] is None else torch.cat([t for t in one if t is not None])
+                for one in zip(*(s.first for s in states), strict=True)
+            ],
+            [torch.cat(one) for one in zip(*(s.second for s in states), strict=True)],
+            states[0].steps,
+        )
 
 
 @dataclass(frozen=True)
@@ -103,6 +123,26 @@ class LinearPath:
     ) -> None:
         """See `evoloss.engine.path.Path`."""
         inputs, labels = x.flatten(1), targets.t().contiguous()
+        size = len(state.bias)
+        count = torch.get_num_threads() if state.bias.device.type == "cpu" else 1
+        if count == 1 or size < 2 * count:
+            self._advance(state, loss, inputs, labels, batches)
+            return
+        # every thread trains some of the networks on its own: the threads meet once, not in every operation
+        edges = [size * i // count for i in range(count + 1)]
+        parts = [list(range(a, b)) for a, b in itertools.pairwise(edges)]
+        states = [state.view(part[0], part[-1] + 1) for part in parts]
+
+        def train(_: None, i: int) -> None:
+            self._advance(states[i], loss.select(parts[i]), inputs, labels, batches)
+
+        map_on_threads(lambda: None, train, range(count))
+        state.join(states)
+
+    def _advance(
+        self, state: LinearState, loss: OutputLoss, inputs: Tensor, labels: Tensor, batches: Tensor
+    ) -> None:
+        """Train on rows of ``inputs`` (N, D) and ``labels`` (C, N)."""
         for rows in batches:
             batch = inputs.index_select(0, rows)
             outputs = self._multiply(state, batch)
