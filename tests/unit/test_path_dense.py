@@ -348,6 +348,11 @@ def test_what_it_cannot_handle_is_named() -> None:
     }
     for expected, model in cases.items():
         assert expected in str(DensePath.find_obstacle(task, model, PLAIN))
+    wide = nn.Sequential(nn.Linear(6, 800), nn.Tanh(), nn.Linear(800, 800))
+    many = make_toy_task(num_outputs=800, rows=2)
+    large = replace(PLAIN, batch_size=128)
+    assert "800 outputs" in str(DensePath.find_obstacle(many, wide, large))
+    assert DensePath.find_obstacle(many, wide, PLAIN) is None
     assert DensePath.find_obstacle(task, make_network("deep", 3), PLAIN) is None
     assert not isinstance(read_layers(nn.Linear(6, 3)), str)
 

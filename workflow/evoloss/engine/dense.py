@@ -30,6 +30,9 @@ from evoloss.tasks import Task
 STACK_BYTES = 2**22
 """A stack's parameters, gradients, moments and activations take about as much, or it is one network."""
 
+MAX_JACOBIAN_BYTES = 2**28
+"""Meta-gradients keep the outputs' Jacobian by all layers' values; networks whose Jacobian is larger go another path."""
+
 CHECK_EVERY = 8
 """Steps between two looks whether a network of the stack is left that has not diverged."""
 
@@ -102,6 +105,10 @@ class DensePath:
         inputs = layers[0].linear.in_features
         if task.vocabulary_size is not None or int(np.prod(task.input_shape)) != inputs:
             return f"inputs that are not {inputs} numbers a row"
+        width = sum(layer.linear.out_features for layer in layers)
+        entries = settings.batch_size * task.num_outputs * width
+        if entries * torch.finfo(settings.dtype).bits // 8 > MAX_JACOBIAN_BYTES:
+            return f"{task.num_outputs} outputs: a batch's Jacobian takes over {MAX_JACOBIAN_BYTES >> 20} MiB"
         return None
 
     def start(self, models: Sequence[nn.Module]) -> list[Stack]:
