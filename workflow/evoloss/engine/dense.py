@@ -31,7 +31,7 @@ STACK_BYTES = 2**22
 """A stack's parameters, gradients, moments and activations take about as much, or it is one network."""
 
 MAX_JACOBIAN_BYTES = 2**28
-"""Meta-gradients keep the outputs' Jacobian by all layers' values; networks whose Jacobian is larger go another path."""
+"""Meta-gradients keep the outputs' Jacobian by all layers' values; a network with a larger one goes another path."""
 
 CHECK_EVERY = 8
 """Steps between two looks whether a network of the stack is left that has not diverged."""
