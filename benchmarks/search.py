@@ -8,7 +8,8 @@ from typing import Any
 
 from benchmarks.workloads import Workload, read_paper_section
 from evoloss.engine import Engine
-from evoloss.search.gp_search import PHASES, GPSearch, SearchSettings
+from evoloss.search.gp_search import GPSearch, SearchSettings
+from evoloss.search.history import PHASES
 from evoloss.stages.searching import ProgressLog, build_search_settings
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,6 @@ arXiv 2209.08907.
 from __future__ import annotations
 
 import random
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -37,6 +36,7 @@ from evoloss.expressions import (
 )
 from evoloss.expressions.canonical import canonical_key
 from evoloss.search.archive import WORST, Archive, Record
+from evoloss.search.history import PHASES, describe_generation
 from evoloss.search.individuals import Individual, Variation, VariationSettings, to_expression
 from evoloss.search.search_state import (
     describe_archive,
@@ -45,19 +45,6 @@ from evoloss.search.search_state import (
     restore_random,
 )
 from evoloss.seeding import derive_seed, global_random, numpy_generator
-
-PHASES = ("local_search", "rejection", "fitness")
-COUNTS = (
-    "archive_hits",
-    "zero_gradient",
-    "rejected",
-    "gradient_hits",
-    "stopped",
-    "diverged",
-    "evaluated",
-    "training_steps",
-)
-"""What a history row counts: fates of candidates, and the steps of the training runs (summed over candidates)."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +105,13 @@ class GPSearch:
         while True:
             started = time.perf_counter()
             self._evaluate(self._population)
-            row = self._describe(self._population, time.perf_counter() - started)
+            row = describe_generation(
+                self._generation,
+                self._population,
+                self.archive,
+                self._counts,
+                self._seconds | {"total": time.perf_counter() - started},
+            )
             self._history.append(row)
             if on_generation is not None:
                 on_generation(row)
@@ -307,27 +300,3 @@ class GPSearch:
         now = time.perf_counter()
         self._seconds[phase] += now - since
         return now
-
-    def _describe(self, population: list[Individual], seconds: float) -> dict[str, Any]:
-        """Return this generation's history row. ``best_*`` is the best loss found so far, from the archive.
-
-        ``median_fitness`` is that of the individuals whose fitness is from a whole training.
-        """
-        ranks = [individual.fitness.values for individual in population]
-        finite = [fitness for spared, fitness in ranks if spared == 0]
-        sizes = [len(individual) for individual in population]
-        front = self.archive.pareto_front()
-        best = front[0] if front else None
-        return {
-            "generation": self._generation,
-            "best_fitness": best.fitness if best else float("nan"),
-            "median_fitness": statistics.median(finite) if finite else float("nan"),
-            "best_expression": str(best.expression) if best else "",
-            "best_tree": str(best.tree) if best else "",
-            "best_complexity": best.complexity if best else 0,
-            "median_complexity": float(statistics.median(sizes)),
-            "candidates": len(population),
-            **{name: self._counts[name] for name in COUNTS},
-            **{f"seconds_{phase}": self._seconds[phase] for phase in PHASES},
-            "seconds_total": seconds,
-        }

@@ -1,0 +1,53 @@
+"""The history of a search: one row per generation."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from evoloss.search.archive import Archive
+from evoloss.search.individuals import Individual
+
+PHASES = ("local_search", "rejection", "fitness")
+COUNTS = (
+    "archive_hits",
+    "zero_gradient",
+    "rejected",
+    "gradient_hits",
+    "stopped",
+    "diverged",
+    "evaluated",
+    "training_steps",
+)
+"""What a history row counts: fates of candidates, and the steps of the training runs (summed over candidates)."""
+
+
+def describe_generation(
+    generation: int,
+    population: Sequence[Individual],
+    archive: Archive,
+    counts: Mapping[str, int],
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """Return a generation's row. ``best_*`` is the best loss found so far, from the archive.
+
+    ``median_fitness`` is that of the individuals whose fitness is from a whole training. ``counts`` has numbers for
+    `COUNTS`, ``seconds`` for `PHASES` and the total.
+    """
+    ranks = [individual.fitness.values for individual in population]
+    finite = [fitness for spared, fitness in ranks if spared == 0]
+    front = archive.pareto_front()
+    best = front[0] if front else None
+    return {
+        "generation": generation,
+        "best_fitness": best.fitness if best else float("nan"),
+        "median_fitness": statistics.median(finite) if finite else float("nan"),
+        "best_expression": str(best.expression) if best else "",
+        "best_tree": str(best.tree) if best else "",
+        "best_complexity": best.complexity if best else 0,
+        "median_complexity": float(statistics.median(len(i) for i in population)),
+        "candidates": len(population),
+        **{name: counts.get(name, 0) for name in COUNTS},
+        **{f"seconds_{phase}": value for phase, value in seconds.items()},
+    }
