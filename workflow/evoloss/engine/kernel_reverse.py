@@ -17,6 +17,8 @@ from evoloss.engine.kernel_rows import (
     LOG,
     MAX,
     MUL,
+    ONE_CODE,
+    PREDICTION_CODE,
     PROTECTION,
     SIGN,
     SQRT,
@@ -28,6 +30,7 @@ from evoloss.engine.kernel_rows import (
     row_function,
     share,
     sign,
+    sum_product,
     sum_products,
     sweep,
 )
@@ -145,8 +148,11 @@ def sweep_reverse(ops, a, b, w, lo, hi, x, d, p, q, written, out):  # type: igno
             continue
         op, wi, row = ops[lo + j], w[lo + j], find_row(ops, lo, j)
         pj, qj, xj = p[j], q[j], x[row]
+        if op in (LABEL_CODE, ONE_CODE):
+            out[lo + j] += sum_product(pj, xj)
+            continue
         out[lo + j] += sum_products(pj, xj, qj, d[row])
-        if op >= LABEL_CODE:
+        if op == PREDICTION_CODE:
             continue
         ja, jb = a[lo + j], b[lo + j]
         wa, wb = w[lo + ja], w[lo + jb]

@@ -14,7 +14,7 @@ import numpy as np
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.extending import overload
 
-BLOCK = 128
+BLOCK = 256
 ADD, SUB, MUL, AQ, MIN, MAX = 0, 1, 2, 3, 4, 5
 SIGN, SQUARE, ABS, LOG, SQRT, TANH = 6, 7, 8, 9, 10, 11
 LABEL_CODE, PREDICTION_CODE, ONE_CODE = 12, 13, 14
@@ -41,7 +41,9 @@ row_function = numba.njit(error_model="numpy", pipeline_class=RowCompiler, force
 row_sum = numba.njit(
     error_model="numpy", pipeline_class=RowCompiler, forceinline=True, fastmath={"reassoc"}
 )
-sweep = numba.njit(error_model="numpy", pipeline_class=RowCompiler, cache=True, nogil=True)
+sweep = numba.njit(error_model="numpy", pipeline_class=RowCompiler)
+kernel = numba.njit(error_model="numpy", pipeline_class=RowCompiler, cache=True, nogil=True)
+"""The only functions that are kept on disk: see `evoloss.engine.kernels.compile_kernels`."""
 
 
 def log(x: Any) -> Any:
@@ -147,6 +149,15 @@ def sum_products(p, x, q, d):  # type: ignore[no-untyped-def]
     total = p.dtype.type(0.0)
     for e in range(BLOCK):
         total += p[e] * x[e] + q[e] * d[e]
+    return total
+
+
+@row_sum
+def sum_product(p, x):  # type: ignore[no-untyped-def]
+    """Return sum(p * x)."""
+    total = p.dtype.type(0.0)
+    for e in range(BLOCK):
+        total += p[e] * x[e]
     return total
 
 

@@ -29,26 +29,12 @@ from evoloss.engine import kernel_forward, kernel_reverse, kernel_rows
 from evoloss.engine.kernel_forward import sweep_forward
 from evoloss.engine.kernel_reverse import sweep_reverse
 from evoloss.engine.kernel_rows import (
-    ABS,
-    ADD,
-    AQ,
     BLOCK,
-    LABEL_CODE,
-    LOG,
-    MAX,
-    MIN,
-    MUL,
-    ONE_CODE,
-    PREDICTION_CODE,
     PROTECTION,
-    SIGN,
-    SQRT,
-    SQUARE,
-    SUB,
-    TANH,
     TERMINALS,
     fill,
     find_row,
+    kernel,
     load,
     store,
     sweep,
@@ -56,12 +42,6 @@ from evoloss.engine.kernel_rows import (
 from evoloss.errors import ExpressionError
 from evoloss.expressions import operators
 from evoloss.expressions.program import Program
-
-__all__ = [
-    "ABS", "ADD", "AQ", "LABEL_CODE", "LOG", "MAX", "MIN", "MUL", "ONE_CODE", "PREDICTION_CODE", "PROTECTION", "SIGN",
-    "SQRT", "SQUARE", "SUB", "TANH", "PackedPrograms", "check_operator_table", "compile_kernels", "loss_gradients",
-    "mixed_gradients", "pack_programs",
-]  # fmt: skip
 
 _NAMES = "add sub mul aq min max sign square abs log sqrt tanh"
 
@@ -124,7 +104,7 @@ def compile_kernels() -> tuple[Callable[..., None], Callable[..., None]]:
     sources = b"".join(Path(str(module.__file__)).read_bytes() for module in modules)
     digest = int.from_bytes(hashlib.sha256(sources).digest()[:7], "big")
 
-    @sweep
+    @kernel
     def gradients(ops, a, b, w, offsets, y, f, value, gradient, x, d):  # type: ignore[no-untyped-def]
         _ = digest
         _fill_constants(x, d)
@@ -139,7 +119,7 @@ def compile_kernels() -> tuple[Callable[..., None], Callable[..., None]]:
                 store(value[p], start, x[root], w[hi - 1])
                 store(gradient[p], start, d[root], w[hi - 1])
 
-    @sweep
+    @kernel
     def mixed(ops, a, b, w, offsets, y, f, u, out, x, d, ap, aq, written):  # type: ignore[no-untyped-def]
         _ = digest
         zero = w.dtype.type(0.0)
