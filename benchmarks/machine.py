@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from evoloss.results import provenance
+from evoloss.provenance import provenance, read_cpu_model
 
 GEMM_SIZE = 1024
 
@@ -21,7 +21,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     """Return processor, cores, threads, versions, commit and date (UTC)."""
     origin = provenance()
     return {
-        "cpu": _read_cpu_model(),
+        "cpu": read_cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -32,15 +32,6 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
         "load_average": os.getloadavg()[0],
     }
-
-
-def _read_cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def time_call(device: torch.device, call: Callable[[], Any]) -> tuple[float, Any]:

@@ -52,18 +52,43 @@ def test_dependencies_are_pinned() -> None:
     assert not set(read_pins("lock.txt")) & set(read_pins("lock-dev.txt"))
 
 
-def test_conda_environment_follows_the_lock_file() -> None:
+@pytest.mark.parametrize("name", ["environment.yaml", "environment-cuda.yaml"])
+def test_conda_environments_follow_the_lock_file(name: str) -> None:
     pins = read_pins("lock.txt")
-    environment = yaml.safe_load((ROOT / "envs" / "environment.yaml").read_text())
+    environment = yaml.safe_load((ROOT / "envs" / name).read_text())
     packages = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
     pip = next(e["pip"] for e in environment["dependencies"] if isinstance(e, dict))
-    names = {"pytorch": "torch", "matplotlib-base": "matplotlib"}
+    names = {"pytorch": "torch", "pytorch-gpu": "torch", "matplotlib-base": "matplotlib"}
     for package, _, version in (entry.partition("=") for entry in packages):
         if version and package != "python":
             pinned = pins[names.get(package, package)]
             assert (pinned + ".").startswith(version + "."), f"{package}: {version} but {pinned}"
     for package, _, version in (entry.partition("==") for entry in pip):
         assert pins[package.lower()] == version
+    assert names.keys() & {entry.partition("=")[0] for entry in packages if "=" in entry}
+
+
+def read_image_recipe(name: str) -> dict[str, str]:
+    """The Python version, the system's packages and the lock file that a container recipe installs."""
+    patterns = {
+        "python": r"^from:? python:([\d.]+)-slim$",
+        "system": r'SYSTEM_PACKAGES="([^"]+)"$',
+        "options": r'PIP_OPTIONS="([^"]+)"$',
+        "copied": r"^(?:COPY|    envs/)?\s*lock\.txt (\S+)$",
+        "installed": r"pip install .*-r (\S+)$",
+    }
+    text = (ROOT / "envs" / name).read_text()
+    flags = re.MULTILINE | re.IGNORECASE
+    return {key: re.findall(pattern, text, flags)[0] for key, pattern in patterns.items()}
+
+
+def test_images_and_conda_agree() -> None:
+    recipe = read_image_recipe("evoloss.def")
+    assert recipe == read_image_recipe("Dockerfile")
+    assert recipe["copied"] == recipe["installed"]
+    for name in ("environment.yaml", "environment-cuda.yaml"):
+        environment = yaml.safe_load((ROOT / "envs" / name).read_text())
+        assert f"python={recipe['python']}" in environment["dependencies"]
 
 
 @pytest.mark.parametrize(

@@ -1,26 +1,19 @@
-"""Result files: written whole or not at all, readable by everybody, carrying their provenance."""
+"""Result files: written whole or not at all, readable by everybody."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import platform
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evoloss import __version__
 from evoloss.errors import DataError
 
 if TYPE_CHECKING:
     import pandas as pd
-
-_PACKAGES = ("torch", "numpy", "deap", "sympy", "numba")
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
@@ -91,37 +84,3 @@ def digest(data: Any) -> str:
     """Return a short SHA-256 of ``data``'s JSON form, independent of the order of keys."""
     text = json.dumps(data, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _git(*words: str) -> str | None:
-    """Run git where the code lives; None where there is no git or no repository."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *words],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
-def provenance(settings: Any = None, **extra: Any) -> dict[str, Any]:
-    """Return what a reviewer needs to trace a result: versions, commit, digest of the settings.
-
-    It holds nothing that differs between two runs of one state of the code on one machine (no times, no paths), so
-    result files can be compared byte by byte. ``dirty`` tells of uncommitted changes below workflow/.
-    """
-    status = _git("status", "--porcelain", "--untracked-files=no", "--", "..")
-    return {
-        "evoloss": __version__,
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": None if status is None else bool(status),
-        "python": ".".join(map(str, sys.version_info[:3])),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "packages": {name: metadata.version(name) for name in _PACKAGES},
-        "config_digest": digest(settings),
-        **extra,
-    }

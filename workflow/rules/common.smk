@@ -1,14 +1,18 @@
 """What the rules share: the package, the checked configuration, parameters and inputs. No rules."""
 
 import hashlib
+import os
 import sys
 from pathlib import Path
+
+from snakemake.settings.types import DeploymentMethod
 
 # Makes the package importable here and in every script, installed or not, also with --directory and on a cluster.
 sys.path.insert(0, str(Path(workflow.basedir) / "workflow"))
 
 import evoloss
 from evoloss import config as settings
+from evoloss import provenance
 from evoloss.errors import ConfigError
 
 WORKFLOW = Path(workflow.basedir) / "workflow"
@@ -38,11 +42,21 @@ LEARNED_METHODS = [m for m in config["methods"] if m in settings.LEARNED_METHODS
 SEARCH_SEEDS = sorted(config["search_seeds"])
 TRAIN_SEEDS = sorted(config["train_seeds"])
 GPU = int(config["device"] == "cuda")  # "auto" must not make a cluster wait for a GPU
+ENVIRONMENT = "../../envs/environment-cuda.yaml" if GPU else "../../envs/environment.yaml"
+IMAGE = WORKFLOW.parent / "envs" / "evoloss.sif"
 
 TABLE_NAMES = ["test_error", "comparison", "losses", "searches", "datasets"]
 FIGURE_NAMES = ["test_error", "learning_curves", "search_progress", "filters", "losses", "formulas"]
 TABLES = expand("results/tables/{name}.{ext}", name=TABLE_NAMES, ext=["csv", "md"])
 FIGURES = expand("results/figures/{name}.{ext}", name=FIGURE_NAMES, ext=["svg", "png"])
+
+# Only then, because Snakemake refuses an image whose path has a space even where it would not use it.
+if DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method:
+    if not IMAGE.exists():
+        sys.exit(f"Error: {IMAGE} is missing; envs/evoloss.def says how to build it.")
+    os.environ[provenance.COMMIT_VARIABLE] = provenance.encode_commit()
+
+    container: str(IMAGE)
 
 
 wildcard_constraints:

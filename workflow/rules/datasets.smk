@@ -14,7 +14,7 @@ rule prepare_dataset:
         "results/benchmarks/prepare_dataset/{dataset}.tsv"
     localrule: True
     conda:
-        "../../envs/environment.yaml"
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=1500,
@@ -39,7 +39,7 @@ rule tune_learning_rate:
     benchmark:
         "results/benchmarks/tune_learning_rate/{task}/{model}.tsv"
     conda:
-        "../../envs/environment.yaml"
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=grow(2000),

@@ -14,7 +14,7 @@ rule train_model:
     benchmark:
         "results/benchmarks/train_model/{task}/{model}/{method}/seed_{train_seed}.tsv"
     conda:
-        "../../envs/environment.yaml"
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=grow(2000),

@@ -15,7 +15,7 @@ rule finetune_loss:
     benchmark:
         "results/benchmarks/finetune_loss/{task}/{method}/seed_{search_seed}.tsv"
     conda:
-        "../../envs/environment.yaml"
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=grow(2000),

@@ -69,7 +69,7 @@ rule aggregate_results:
         "results/benchmarks/aggregate_results.tsv"
     localrule: True
     conda:
-        "../../envs/environment.yaml"
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=1500,
@@ -107,7 +107,7 @@ rule plot_test_error:
         "results/benchmarks/plot_test_error.tsv"
     localrule: True
     conda:
-        "../../envs/environment.yaml"
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=1000,
@@ -137,7 +137,7 @@ rule plot_learning_curves:
         "results/benchmarks/plot_learning_curves.tsv"
     localrule: True
     conda:
-        "../../envs/environment.yaml"
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=1000,
@@ -167,7 +167,7 @@ rule plot_search_progress:
         "results/benchmarks/plot_search_progress.tsv"
     localrule: True
     conda:
-        "../../envs/environment.yaml"
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=1000,
@@ -197,7 +197,7 @@ rule plot_filters:
         "results/benchmarks/plot_filters.tsv"
     localrule: True
     conda:
-        "../../envs/environment.yaml"
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=1000,
@@ -227,7 +227,7 @@ rule plot_losses:
         "results/benchmarks/plot_losses.tsv"
     localrule: True
     conda:
-        "../../envs/environment.yaml"
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=1000,
@@ -261,7 +261,7 @@ rule plot_formulas:
         "results/benchmarks/plot_formulas.tsv"
     localrule: True
     conda:
-        "../../envs/environment.yaml"
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=1000,
@@ -286,7 +286,9 @@ rule build_report:
         "results/benchmarks/build_report.tsv"
     localrule: True
     conda:
-        "../../envs/environment.yaml"
+        ENVIRONMENT
+    container:
+        None
     threads: 1
     resources:
         mem_mb=1000,

@@ -14,7 +14,7 @@ rule search_loss:
     benchmark:
         "results/benchmarks/search_loss/{task}/{method}/seed_{search_seed}.tsv"
     conda:
-        "../../envs/environment.yaml"
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=grow(2000),

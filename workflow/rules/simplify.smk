@@ -12,7 +12,7 @@ rule simplify_loss:
     benchmark:
         "results/benchmarks/simplify_loss/{task}/{method}/seed_{search_seed}.tsv"
     conda:
-        "../../envs/environment.yaml"
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=grow(1500),

@@ -21,7 +21,6 @@ from evoloss.expressions import (
     parse_expression,
     program_to_expression,
 )
-from evoloss.results import provenance
 from evoloss.stages.setup import StageInput
 
 logger = logging.getLogger(__name__)
@@ -78,7 +77,7 @@ def finetune_loss(
     report = {
         name: simplified[name] for name in ("task", "method", "search_seed", "status", "reason")
     }
-    report["provenance"] = provenance(
+    report["provenance"] = stage.describe_provenance(
         {
             "task": stage.task,
             "training": stage.training,

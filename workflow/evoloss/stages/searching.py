@@ -10,7 +10,6 @@ from typing import Any
 from evoloss.engine import LocalSearchSettings
 from evoloss.engine.filters import RejectionSettings
 from evoloss.engine.racing import RacingSettings
-from evoloss.results import provenance
 from evoloss.search.gp_search import GPSearch, SearchResult, SearchSettings
 from evoloss.search.individuals import VariationSettings
 from evoloss.stages.setup import StageInput
@@ -118,14 +117,13 @@ def search_loss(
         "search_seed": search_seed,
         "learning_rate": engine.settings.learning_rate,
         "local_search": _describe_local_search(local_search),
-        "provenance": provenance(
+        "provenance": stage.describe_provenance(
             {
                 "task": stage.task,
                 "training": stage.training,
                 "search": search,
                 "local_search": local_search,
             },
-            device=engine.device.type,
             search_seed=search_seed,
         ),
     }

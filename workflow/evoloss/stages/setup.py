@@ -14,6 +14,7 @@ import torch
 from evoloss.checkpoint import Checkpoints, compute_identity
 from evoloss.engine import Engine, TrainingSettings, choose_device
 from evoloss.errors import DataError
+from evoloss.provenance import describe_hardware, provenance
 from evoloss.results import read_json
 from evoloss.tasks import load_task
 
@@ -88,6 +89,11 @@ class StageInput:
             tuned_path=str(tuned) if tuned else None,
             checkpoint_directory=snakemake.params.get("checkpoints"),
         )
+
+    def describe_provenance(self, settings: Any, **extra: Any) -> dict[str, Any]:
+        """Return the result's `provenance`, with the device and the threads of this job."""
+        hardware = describe_hardware(self.threads, choose_device(self.device).type)
+        return provenance(settings, hardware, **extra)
 
     def open_checkpoints(self, content: Any, *files: str | Path) -> Checkpoints | None:
         """Return the job's checkpoints, tied to all it computes from: this, ``content`` and ``files``."""

@@ -9,7 +9,7 @@ from typing import Any
 from evoloss.expressions import parse_expression
 from evoloss.expressions.formatting import format_infix, format_latex
 from evoloss.expressions.simplify import simplify_expression
-from evoloss.results import provenance
+from evoloss.provenance import provenance
 
 logger = logging.getLogger(__name__)
 

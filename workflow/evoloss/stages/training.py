@@ -12,7 +12,6 @@ import numpy as np
 from evoloss.engine import Engine, OutputLoss, TaskLoss
 from evoloss.expressions import call, compile_expression, constant, parse_expression
 from evoloss.losses.loss_file import read_loss
-from evoloss.results import provenance
 from evoloss.stages.setup import StageInput
 
 logger = logging.getLogger(__name__)
@@ -102,9 +101,8 @@ def train_model(
     metadata = {
         "missing": missing,
         "learning_rate": engine.settings.learning_rate,
-        "provenance": provenance(
+        "provenance": stage.describe_provenance(
             {"task": stage.task, "training": stage.training, "train": train},
-            device=engine.device.type,
             train_seed=train_seed,
         ),
     }

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from evoloss.engine import Engine, TaskLoss
-from evoloss.results import provenance
 from evoloss.stages.setup import StageInput
 
 
@@ -56,8 +55,7 @@ def tune_learning_rate(
         "metric": engine.task.metric,
         "best_learning_rate": best,
         "grid": grid,
-        "provenance": provenance(
+        "provenance": stage.describe_provenance(
             {"task": stage.task, "training": stage.training, "tune": tune, "steps": num_steps},
-            device=engine.device.type,
         ),
     }
