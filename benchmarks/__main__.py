@@ -22,7 +22,7 @@ from benchmarks.scaling import Ranges, measure_scaling
 from benchmarks.search import read_paper_search, run_search
 from benchmarks.timing import TimingOptions, measure_workload
 from benchmarks.workloads import WORKLOADS, make_workload
-from benchmarks.xor import NUM_GENERATIONS, run_xor_search
+from benchmarks.xor import NUM_GENERATIONS, make_xor_search
 from evoloss.engine import choose_device
 from evoloss.engine.racing import RacingSettings
 from evoloss.errors import EvolossError
@@ -110,7 +110,7 @@ def measure_searches(options: argparse.Namespace, device: torch.device) -> dict[
         population = options.population or workload.population
         generations = 2 if options.quick else NUM_GENERATIONS
         engine = workload.build_engine(device)
-        results[XOR_SEARCH] = run_xor_search(engine, 0, population, generations)
+        results[XOR_SEARCH] = run_search(engine, make_xor_search(population, generations), 0)
     return results
 
 
@@ -164,6 +164,11 @@ def main(arguments: Sequence[str]) -> int:
             print(format_section(name, section), end="\n\n", flush=True)
             if options.json is not None:
                 kept = read_json(options.json) if options.json.exists() else {}
+                if name == "searches":  # long ones, run one by one
+                    section["results"] = {
+                        **kept.get(name, {}).get("results", {}),
+                        **section["results"],
+                    }
                 write_json(options.json, {**kept, name: section})
         if options.update_readme:
             update_readme(HERE / "README.md", read_json(options.json))

@@ -6,6 +6,7 @@ import logging
 import time
 from typing import Any
 
+from benchmarks.machine import read_peak_memory
 from benchmarks.workloads import Workload, read_paper_section
 from evoloss.engine import Engine
 from evoloss.search.gp_search import GPSearch, SearchSettings
@@ -24,8 +25,12 @@ def read_paper_search(workload: Workload) -> SearchSettings:
 
 
 def run_search(engine: Engine, settings: SearchSettings, seed: int) -> dict[str, Any]:
-    """Run one search; return its wall-clock, seconds by phase, counts of candidates, and the best loss."""
-    started = time.perf_counter()
+    """Run one search; return its wall-clock, seconds by phase, counts of candidates, and the best loss.
+
+    ``processor_seconds`` is what it takes where nothing else runs, on one thread; ``peak_memory`` (bytes) is the whole
+    process's so far.
+    """
+    started, processor_started = time.perf_counter(), time.process_time()
     result = GPSearch(engine, settings, seed).run(ProgressLog(settings.num_generations))
     seconds = time.perf_counter() - started
     best = result.front[0] if result.front else None
@@ -35,6 +40,8 @@ def run_search(engine: Engine, settings: SearchSettings, seed: int) -> dict[str,
         "population": settings.population_size,
         "generations": settings.num_generations,
         "seconds": seconds,
+        "processor_seconds": time.process_time() - processor_started,
+        "peak_memory": read_peak_memory(),
         "seconds_by_phase": {
             phase: sum(row[f"seconds_{phase}"] for row in result.history) for phase in PHASES
         },

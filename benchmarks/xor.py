@@ -9,20 +9,14 @@ constants +1 and -1 alone.
 
 from __future__ import annotations
 
-import time
-from typing import TYPE_CHECKING, Any
-
 import numpy as np
 import torch
 
 from evoloss.engine.filters import RejectionSettings
-from evoloss.search.gp_search import GPSearch, SearchSettings
+from evoloss.search.gp_search import SearchSettings
 from evoloss.search.individuals import VariationSettings
 from evoloss.seeding import numpy_generator
 from evoloss.tasks import Split, Task
-
-if TYPE_CHECKING:
-    from evoloss.engine import Engine
 
 BATCH_SIZE = 50
 NUM_STEPS = 150
@@ -49,7 +43,7 @@ def make_xor_task(seed: int = 0) -> Task:
     )  # fmt: skip
 
 
-def make_search_settings(population_size: int, num_generations: int) -> SearchSettings:
+def make_xor_search(population_size: int, num_generations: int) -> SearchSettings:
     """Return the example's search; variation and filters are ours, and there is no local search."""
     return SearchSettings(
         population_size=population_size,
@@ -61,30 +55,3 @@ def make_search_settings(population_size: int, num_generations: int) -> SearchSe
         initial_deviation=0.0,
         num_networks=NUM_NETWORKS,
     )
-
-
-def run_xor_search(
-    engine: Engine, seed: int, population_size: int, num_generations: int
-) -> dict[str, Any]:
-    """Run the search once; return its wall-clock and the best formula."""
-    settings = make_search_settings(population_size, num_generations)
-    started = time.perf_counter()
-    result = GPSearch(engine, settings, seed).run()
-    seconds = time.perf_counter() - started
-    best = result.front[0] if result.front else None
-    return {
-        "seed": seed,
-        "population": population_size,
-        "generations": num_generations,
-        "networks": NUM_NETWORKS,
-        "steps": NUM_STEPS,
-        "seconds": seconds,
-        "evaluated": sum(row["evaluated"] for row in result.history),
-        "best_expression": str(best.expression) if best else None,
-        "best_fitness": best.fitness if best else None,
-        "best_complexity": best.complexity if best else None,
-        "best_by_generation": [
-            row["best_fitness"] if np.isfinite(row["best_fitness"]) else None
-            for row in result.history
-        ],
-    }
