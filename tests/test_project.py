@@ -92,7 +92,15 @@ def test_images_and_conda_agree() -> None:
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "workflow/README.md", "benchmarks/README.md", "CONTRIBUTING.md"]
+    "document",
+    [
+        "README.md",
+        "workflow/README.md",
+        "benchmarks/README.md",
+        "docs/cluster.md",
+        "docs/environments.md",
+        "CONTRIBUTING.md",
+    ],
 )
 def test_links_and_named_files_exist(document: str) -> None:
     path = ROOT / document
