@@ -21,6 +21,7 @@ include: "workflow/rules/simplify.smk"  # simplify_loss
 include: "workflow/rules/finetune.smk"  # finetune_loss
 include: "workflow/rules/evaluate.smk"  # train_model
 include: "workflow/rules/report.smk"  # aggregate_results, plot_*, build_report
+include: "workflow/rules/hooks.smk"  # before the first job; after a failed one
 
 
 rule all:

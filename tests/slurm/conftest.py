@@ -74,7 +74,12 @@ def local_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 def eventful_run(
     cluster: Cluster, project: Path, local_run: Run, tmp_path_factory: pytest.TempPathFactory
 ) -> Events:
-    """A run whose code is edited while its jobs wait; one job is pre-empted, one cancelled, one loses its process."""
+    """A run whose code and configuration are edited while its jobs wait.
+
+    One of its jobs is pre-empted, one cancelled, and one loses its process.
+    """
+    subset = project / "subset.yaml"
+    configuration = subset.read_text()
     for partition in ("main", "scavenge"):
         cluster.set_partition(partition, "DOWN")
     run = start_cluster_run(
@@ -94,6 +99,10 @@ def eventful_run(
         for path in (project / "Snakefile", *(project / "workflow").rglob("*.[ps][my]*")):
             if path.suffix in (".py", ".smk") or path.name == "Snakefile":
                 path.write_text(path.read_text() + "\n# edited while jobs wait\n")
+        edited = yaml.safe_load(configuration)
+        edited["search"]["population_size"] += 1
+        edited["train"]["steps"] += 1
+        subset.write_text(yaml.safe_dump(edited))
         cluster.set_partition("scavenge", "UP")
         (training,) = cluster.wait_for_job(run, "train_model", "RUNNING")
         urgent = ["--partition", "gpu", "--exclusive", "--output", "/dev/null", "--wrap", "true"]
@@ -106,6 +115,7 @@ def eventful_run(
         run.wait()
     finally:
         run.process.kill()
+        subset.write_text(configuration)
         for partition in ("main", "scavenge"):
             cluster.set_partition(partition, "UP")
     return Events(run, first.number, second.number, training.number)

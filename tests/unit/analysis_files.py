@@ -46,6 +46,14 @@ LOSSES = {
     ],
 }
 
+MISSING = [
+    {"stage": "search_loss", "task": "diabetes", "method": "evomal", "search_seed": "1"}
+    | {"status": "failed", "logs": ["results/logs/a.log"], "files": ["results/a"]},
+    {"stage": "train_model", "task": "diabetes", "method": "evomal", "train_seed": "0"}
+    | {"status": "not run", "logs": ["results/logs/a.log"], "files": ["results/b"]},
+]
+"""Two jobs without a result, as the workflow lists them."""
+
 
 def make_results(root: Path, train_seeds: int = 5, steps: int = 400) -> dict[str, list[str]]:
     """Write result files below ``root`` and return them as the inputs of ``aggregate_results``."""
@@ -262,6 +270,6 @@ def make_outputs(root: Path) -> dict[str, str]:
     """Return the outputs of ``aggregate_results`` below ``root``."""
     names = ("runs", "final", "comparison", "losses", "searches")
     outputs = {name: str(root / f"{name}.parquet") for name in names}
-    for table in ("test_error", "comparison", "losses", "searches", "datasets"):
+    for table in ("test_error", "comparison", "losses", "searches", "datasets", "missing"):
         outputs |= {f"{table}_{kind}": str(root / f"{table}.{kind}") for kind in ("csv", "md")}
     return outputs

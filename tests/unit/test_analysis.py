@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from analysis_files import DIVERGED, FAILED, REASON, make_outputs, make_results
+from analysis_files import DIVERGED, FAILED, MISSING, REASON, make_outputs, make_results
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -22,6 +23,7 @@ from evoloss.analysis.aggregate import (
 )
 from evoloss.analysis.final import average_searches, final_results, order_methods, summarise_methods
 from evoloss.analysis.load import RUN_KEYS, identify, load_runs, load_searches, read_table
+from evoloss.analysis.missing import load_missing
 from evoloss.analysis.statistics import compare_methods, paired_t_test
 from evoloss.analysis.tables import EMPTY, Column, Table, format_cell, to_markdown
 from evoloss.errors import DataError
@@ -255,6 +257,7 @@ def test_method_order() -> None:
 
 def test_csv_and_markdown_agree(results: Results, tmp_path: Path) -> None:
     outputs = make_outputs(tmp_path)
+    results = replace(results, missing=load_missing(MISSING))
     write_results(results, outputs)
     for name, table in describe_results(results).items():
         csv = pd.read_csv(outputs[f"{name}_csv"])

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from analysis_files import make_outputs, make_results
-from snakemake.iocontainers import InputFiles, OutputFiles, Wildcards
+from snakemake.iocontainers import InputFiles, OutputFiles, Params, Wildcards
 
 SCRIPTS = Path(__file__).parents[2] / "workflow" / "scripts"
 PLOTS = {
@@ -26,6 +26,7 @@ def _run(name: str, inputs: dict[str, object], outputs: dict[str, str], root: Pa
     job = SimpleNamespace(
         input=InputFiles(fromdict=inputs),
         output=OutputFiles(fromdict=outputs),
+        params=Params(fromdict={"missing": []}),
         log=[str(log)],
         wildcards=Wildcards(),
         rule=name,

@@ -14,7 +14,7 @@ from snakemake_runner import PRESETS, start_snakemake
 pytestmark = pytest.mark.workflow
 
 FIGURES = ("test_error", "learning_curves", "search_progress", "filters", "losses", "formulas")
-TABLES = ("test_error", "comparison", "losses", "searches", "datasets")
+TABLES = ("test_error", "comparison", "losses", "searches", "datasets", "missing")
 NOTHING = "Nothing to be done"
 
 

@@ -14,6 +14,7 @@ import evoloss
 from evoloss import config as settings
 from evoloss import provenance
 from evoloss.errors import ConfigError
+from evoloss.results import read_json
 
 WORKFLOW = Path(workflow.basedir) / "workflow"
 
@@ -35,6 +36,7 @@ def check_config():
 
 check_config()
 
+CONFIG = settings.sort_keys(config)
 VERSION = evoloss.__version__
 TASKS = list(config["tasks"])
 DATASETS = sorted({task["dataset"] for task in config["tasks"].values()})
@@ -45,10 +47,17 @@ GPU = int(config["device"] == "cuda")  # "auto" must not make a cluster wait for
 ENVIRONMENT = "../../envs/environment-cuda.yaml" if GPU else "../../envs/environment.yaml"
 IMAGE = WORKFLOW.parent / "envs" / "evoloss.sif"
 
-TABLE_NAMES = ["test_error", "comparison", "losses", "searches", "datasets"]
+TABLE_NAMES = ["test_error", "comparison", "losses", "searches", "datasets", "missing"]
 FIGURE_NAMES = ["test_error", "learning_curves", "search_progress", "filters", "losses", "formulas"]
 TABLES = expand("results/tables/{name}.{ext}", name=TABLE_NAMES, ext=["csv", "md"])
 FIGURES = expand("results/figures/{name}.{ext}", name=FIGURE_NAMES, ext=["svg", "png"])
+REPORT_RULES = ["aggregate_results", *expand("plot_{name}", name=FIGURE_NAMES), "build_report"]
+
+# In a report of what there is (hooks.smk) this variable names the list of the jobs without a result.
+MISSING_VARIABLE = "EVOLOSS_MISSING"
+MISSING = read_json(os.environ[MISSING_VARIABLE]) if MISSING_VARIABLE in os.environ else []
+if MISSING:
+    config["missing"] = MISSING  # for the report's first page, which sees nothing else
 
 # Only then, because Snakemake refuses an image whose path has a space even where it would not use it.
 if DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method:
@@ -167,6 +176,12 @@ def expand_searches(pattern):
 def get_losses():
     """Every finished loss."""
     return expand_searches("results/finetune_loss/{task}/{method}/seed_{search_seed}/loss.json")
+
+
+def leave_out_missing(paths):
+    """Leave out the files of jobs without a result; what lies at their paths stems from an earlier run."""
+    absent = {file for job in MISSING for file in job["files"]}
+    return [path for path in paths if path not in absent]
 
 
 def expand_models(pattern, tasks=TASKS, **others):

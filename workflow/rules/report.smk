@@ -4,24 +4,36 @@
 rule aggregate_results:
     """Bring all results together, compare the methods, and write the tables."""
     input:
-        datasets=expand("results/prepare_dataset/{dataset}.json", dataset=DATASETS),
-        finetuned=expand_searches(
-            "results/finetune_loss/{task}/{method}/seed_{search_seed}/finetune.json"
+        datasets=leave_out_missing(
+            expand("results/prepare_dataset/{dataset}.json", dataset=DATASETS)
         ),
-        histories=expand_searches(
-            "results/search_loss/{task}/{method}/seed_{search_seed}/history.parquet"
+        finetuned=leave_out_missing(
+            expand_searches(
+                "results/finetune_loss/{task}/{method}/seed_{search_seed}/finetune.json"
+            )
         ),
-        losses=get_losses(),
-        runs=expand_models(
-            "results/train_model/{task}/{model}/{method}/seed_{train_seed}.parquet",
-            method=config["methods"],
-            train_seed=TRAIN_SEEDS,
+        histories=leave_out_missing(
+            expand_searches(
+                "results/search_loss/{task}/{method}/seed_{search_seed}/history.parquet"
+            )
         ),
-        searches=expand_searches(
-            "results/search_loss/{task}/{method}/seed_{search_seed}/hall_of_fame.json"
+        losses=leave_out_missing(get_losses()),
+        runs=leave_out_missing(
+            expand_models(
+                "results/train_model/{task}/{model}/{method}/seed_{train_seed}.parquet",
+                method=config["methods"],
+                train_seed=TRAIN_SEEDS,
+            )
         ),
-        simplified=expand_searches("results/simplify_loss/{task}/{method}/seed_{search_seed}.json"),
-        tuned=get_all_tuned_rates(),
+        searches=leave_out_missing(
+            expand_searches(
+                "results/search_loss/{task}/{method}/seed_{search_seed}/hall_of_fame.json"
+            )
+        ),
+        simplified=leave_out_missing(
+            expand_searches("results/simplify_loss/{task}/{method}/seed_{search_seed}.json")
+        ),
+        tuned=leave_out_missing(get_all_tuned_rates()),
     output:
         runs="results/aggregate_results/runs.parquet",
         final="results/aggregate_results/final.parquet",
@@ -63,6 +75,17 @@ rule aggregate_results:
             labels={"content": "Datasets", "form": "table"},
         ),
         datasets_md="results/tables/datasets.md",
+        missing_csv=(
+            report(
+                "results/tables/missing.csv",
+                caption="../report/table_missing.rst",
+                category="Missing",
+                labels={"content": "Jobs without a result", "form": "table"},
+            )
+            if MISSING
+            else "results/tables/missing.csv"
+        ),
+        missing_md="results/tables/missing.md",
     log:
         "results/logs/aggregate_results.log",
     benchmark:
@@ -80,9 +103,11 @@ rule aggregate_results:
             "analysis/final.py",
             "analysis/load.py",
             "analysis/load_losses.py",
+            "analysis/missing.py",
             "analysis/statistics.py",
             "analysis/tables.py",
         ),
+        missing=MISSING,
         version=VERSION,
     script:
         "../scripts/aggregate_results.py"
@@ -294,7 +319,8 @@ rule build_report:
         mem_mb=1000,
         runtime=20,
     params:
-        config=settings.sort_keys(config),
+        config=CONFIG,
+        missing=MISSING,
         version=VERSION,
     script:
         "../scripts/build_report.py"

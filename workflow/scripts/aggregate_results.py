@@ -16,7 +16,8 @@ INPUTS = (
 
 if __name__ == "__main__":
     with script_logging(snakemake) as log:
-        results = aggregate_results({name: list(getattr(snakemake.input, name)) for name in INPUTS})
+        inputs = {name: list(getattr(snakemake.input, name)) for name in INPUTS}
+        results = aggregate_results(inputs, snakemake.params.missing)
         write_results(results, dict(snakemake.output.items()))
         for note in describe_results(results)["test_error"].notes:
             log.warning("%s", note.strip("*"))

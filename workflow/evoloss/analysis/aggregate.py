@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from evoloss.analysis.load import (
     primary_metrics,
 )
 from evoloss.analysis.load_losses import load_losses
+from evoloss.analysis.missing import describe_missing, load_missing, missing_table
 from evoloss.analysis.statistics import (
     COMPARATORS,
     compare_methods,
@@ -53,9 +54,12 @@ class Results:
     searches: pd.DataFrame
     datasets: pd.DataFrame
     tuned: pd.DataFrame
+    missing: pd.DataFrame
 
 
-def aggregate_results(inputs: Mapping[str, Paths]) -> Results:
+def aggregate_results(
+    inputs: Mapping[str, Paths], missing: Sequence[Mapping[str, Any]] = ()
+) -> Results:
     """Read all result files.
 
     Parameters
@@ -63,6 +67,8 @@ def aggregate_results(inputs: Mapping[str, Paths]) -> Results:
     inputs : mapping
         Lists of paths under ``datasets``, ``runs``, ``tuned``, ``searches``, ``histories``,
         ``simplified``, ``finetuned`` and ``losses``; any of them may be empty.
+    missing
+        The jobs without a result, see `evoloss.analysis.missing.load_missing`.
     """
     runs = load_runs(inputs["runs"])
     searches = load_searches(inputs["searches"], inputs["histories"])
@@ -80,6 +86,7 @@ def aggregate_results(inputs: Mapping[str, Paths]) -> Results:
         searches=sort_results(searches),
         datasets=load_datasets(inputs["datasets"]),
         tuned=load_tuned(inputs["tuned"]),
+        missing=load_missing(missing),
     )
 
 
@@ -251,7 +258,7 @@ _DATASET_TABLE = (
 
 
 def describe_results(results: Results) -> dict[str, Table]:
-    """Return the tables for readers: test_error, comparison, losses, searches and datasets."""
+    """Return the tables for readers: test_error, comparison, losses, searches, datasets and missing."""
     frames = [results.final, results.searches, results.losses]
     versions = describe_versions(frames)
     origin = describe_origin(frames)
@@ -262,7 +269,7 @@ def describe_results(results: Results) -> dict[str, Table]:
         verdicts = tests.set_index(["task", "model", "method"])["verdict"]
         keys = pd.MultiIndex.from_frame(scores[["task", "model", "method"]])
         scores[f"versus_{comparator}"] = verdicts.reindex(keys).to_numpy()
-    warnings = [*versions, *failures]
+    warnings = [*describe_missing(results.missing), *versions, *failures]
     tested = (
         "Paired t-test over training seeds, two-sided at 5 %, not corrected for many tests; "
         "negative differences favour the method; pp: percentage points."
@@ -288,6 +295,7 @@ def describe_results(results: Results) -> dict[str, Table]:
             [*warnings, *origin],
         ),
         "datasets": Table("Datasets", _DATASET_TABLE, results.datasets),
+        "missing": missing_table(results.missing),
     }
 
 

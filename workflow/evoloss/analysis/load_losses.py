@@ -37,7 +37,7 @@ LOSS_COLUMNS = [
 def load_losses(
     losses: Paths, finetuned: Paths, simplified: Paths, searches: Paths
 ) -> pd.DataFrame:
-    """Read the loss files with what led to them: one row per task, method and search seed.
+    """Read the loss files with what led to them: one row per task, method and search seed that has a loss file.
 
     Parameters
     ----------
@@ -54,9 +54,9 @@ def load_losses(
             ("search", searches),
         )
     }
-    keys = sorted({key for table in tables.values() for key in table})
     rows = [
-        _row(key, {name: table.get(key) or {} for name, table in tables.items()}) for key in keys
+        _row(key, {name: table.get(key) or {} for name, table in tables.items()})
+        for key in sorted(tables["loss"])
     ]
     return join_frames([pd.DataFrame(rows)], LOSS_COLUMNS)
 

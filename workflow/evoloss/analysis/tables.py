@@ -36,12 +36,13 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with its title, columns, rows and notes."""
+    """A table with its title, columns, rows and notes; ``empty`` is what it says without any row."""
 
     title: str
     columns: Sequence[Column]
     frame: pd.DataFrame
     notes: Sequence[str] = field(default_factory=tuple)
+    empty: str = "No results."
 
 
 def format_score(value: float, metric: str | None, *, signed: bool = False) -> str:
@@ -110,7 +111,7 @@ def to_markdown(table: Table) -> str:
         )
         lines.append(str(body))
     else:
-        lines.append("No results.")
+        lines.append(table.empty)
     return "\n".join(lines) + "\n"
 
 
