@@ -46,6 +46,7 @@ LOSSES = {
     ],
 }
 
+
 MISSING = [
     {"stage": "search_loss", "task": "diabetes", "method": "evomal", "search_seed": "1"}
     | {"status": "failed", "logs": ["results/logs/a.log"], "files": ["results/a"]},
@@ -86,7 +87,16 @@ def make_results(root: Path, train_seeds: int = 5, steps: int = 400) -> dict[str
 
 
 def provenance() -> dict[str, Any]:
-    return {"evoloss": "0.1.0", "commit": None}
+    hardware = {"cpu": "Some CPU", "cores": 2, "device": "cpu", "gpu": None, "cuda": None}
+    packages = {"torch": "2.13.0", "numpy": "2.4.6", "snakemake": None}
+    return {
+        "evoloss": "0.1.0",
+        "commit": None,
+        "hardware": hardware,
+        "packages": packages,
+        "platform": "Linux x86_64",
+        "python": "3.12.4",
+    }
 
 
 def _card(root: Path, name: str, kind: str) -> str:
@@ -115,6 +125,7 @@ def _card(root: Path, name: str, kind: str) -> str:
             "split": [0.6, 0.2, 0.2],
             "checksum": "c0ffee00" * 8,
             "version": "0.1.0",
+            "provenance": provenance(),
         },
     )
     return str(path)
@@ -153,7 +164,9 @@ def _search(
     text = texts[(seed + 2 * (method == "evomal")) % len(texts)]
     expression = parse_expression(text)
     history = root / "results/search_loss" / folder / "history.parquet"
-    write_parquet(history, _history(generator, level, status == "ok", text), {})
+    write_parquet(
+        history, _history(generator, level, status == "ok", text), {"provenance": provenance()}
+    )
     latex, infix = format_latex(expression), format_infix(expression)
     entry = {"original": text, "simplified": text, "scale": 0.73, "text": infix, "latex": latex}
     entry |= {"tree_complexity": 5}
@@ -270,6 +283,7 @@ def make_outputs(root: Path) -> dict[str, str]:
     """Return the outputs of ``aggregate_results`` below ``root``."""
     names = ("runs", "final", "comparison", "losses", "searches")
     outputs = {name: str(root / f"{name}.parquet") for name in names}
-    for table in ("test_error", "comparison", "losses", "searches", "datasets", "missing"):
+    tables = ("test_error", "comparison", "losses", "searches", "datasets", "origin", "missing")
+    for table in tables:
         outputs |= {f"{table}_{kind}": str(root / f"{table}.{kind}") for kind in ("csv", "md")}
     return outputs

@@ -18,15 +18,16 @@ from evoloss.analysis.aggregate import (
     Results,
     aggregate_results,
     describe_results,
-    describe_versions,
     write_results,
 )
 from evoloss.analysis.final import average_searches, final_results, order_methods, summarise_methods
 from evoloss.analysis.load import RUN_KEYS, identify, load_runs, load_searches, read_table
 from evoloss.analysis.missing import load_missing
+from evoloss.analysis.origin import describe_versions, load_origins, origin_table
 from evoloss.analysis.statistics import compare_methods, paired_t_test
 from evoloss.analysis.tables import EMPTY, Column, Table, format_cell, to_markdown
 from evoloss.errors import DataError
+from evoloss.results import read_json, write_json
 
 INPUTS = (
     "datasets",
@@ -358,3 +359,22 @@ def test_markdown_of_a_table() -> None:
     text = to_markdown(Table("Title", (Column("a", "A", "score"),), frame, ["Mind this."]))
     assert text.splitlines()[:3] == ["# Title", "", "> Mind this."]
     assert "50.00 %" in text
+
+
+def test_origins_are_counted(tmp_path: Path) -> None:
+    inputs = make_results(tmp_path, train_seeds=2)
+    origins = load_origins(inputs)
+    (row,) = origins.to_dict("records")
+    assert row["files"] == sum(map(len, inputs.values()))
+    assert (row["evoloss"], row["cpu"], row["cores"]) == ("0.1.0", "Some CPU", 2)
+    assert row["packages"] == "numpy 2.4.6, torch 2.13.0"
+    assert not origin_table(origins).notes
+
+    path = inputs["tuned"][0]
+    document = read_json(path)
+    document["provenance"]["hardware"] |= {"gpu": "Some GPU", "cuda": "13.0"}
+    write_json(path, document)
+    origins = load_origins(inputs)
+    assert origins["files"].tolist() == [row["files"] - 1, 1]
+    assert origins["gpu"].fillna("none").tolist() == ["none", "Some GPU, CUDA 13.0"]
+    assert "only approximately" in origin_table(origins).notes[0]

@@ -14,7 +14,7 @@ from snakemake_runner import PRESETS, start_snakemake
 pytestmark = pytest.mark.workflow
 
 FIGURES = ("test_error", "learning_curves", "search_progress", "filters", "losses", "formulas")
-TABLES = ("test_error", "comparison", "losses", "searches", "datasets", "missing")
+TABLES = ("test_error", "comparison", "losses", "searches", "datasets", "origin", "missing")
 NOTHING = "Nothing to be done"
 
 
@@ -52,6 +52,37 @@ def test_every_job_left_a_log_and_a_benchmark(tiny_run: Path) -> None:
     }
     assert logs == benchmarks
     assert len(logs) > 30
+
+
+def test_a_search_writes_little(tiny_run: Path) -> None:
+    """Per candidate so few bytes that a seed of the paper's searches stays below 20 MB; and no checkpoint is left."""
+    tiny, paper = (read_config(PRESETS / name)["search"] for name in ("tiny.yaml", "paper.yaml"))
+    candidates, wanted = (s["population_size"] * (s["num_generations"] + 1) for s in (tiny, paper))
+    searches = sorted(tiny_run.glob("results/search_loss/*/*/seed_*"))
+    assert len(searches) == 4
+    for search in searches:
+        name = str(search.relative_to(tiny_run / "results/search_loss"))
+        files = [p for p in (tiny_run / "results").rglob("*") if p.is_file() and name in str(p)]
+        # search, simplify, finetune; their logs and benchmarks
+        assert len(files) == 2 + 1 + 2 + 3 + 3
+        total = sum(path.stat().st_size for path in files)
+        assert total / candidates * wanted < 20e6, f"{name}: {total} bytes"
+    assert not list(tiny_run.rglob("*.checkpoint"))
+
+
+def test_every_result_names_its_origin(tiny_run: Path) -> None:
+    results = tiny_run / "results"
+    documents = {path: read_json(path) for path in results.rglob("*.json")}
+    for path in results.rglob("*.parquet"):
+        documents[path] = read_parquet(path).attrs["metadata"]
+    assert len(documents) > 30
+    for path, document in documents.items():
+        origin = document["provenance"]
+        assert origin["hardware"]["cores"] == 1, path
+        assert origin["hardware"]["cpu"], path
+        assert origin["packages"]["torch"], path
+        assert "config" in origin, path
+    assert str(tiny_run) not in str(list(documents.values()))
 
 
 def test_second_run_does_nothing(tiny_run: Path) -> None:

@@ -47,7 +47,7 @@ GPU = int(config["device"] == "cuda")  # "auto" must not make a cluster wait for
 ENVIRONMENT = "../../envs/environment-cuda.yaml" if GPU else "../../envs/environment.yaml"
 IMAGE = WORKFLOW.parent / "envs" / "evoloss.sif"
 
-TABLE_NAMES = ["test_error", "comparison", "losses", "searches", "datasets", "missing"]
+TABLE_NAMES = ["test_error", "comparison", "losses", "searches", "datasets", "origin", "missing"]
 FIGURE_NAMES = ["test_error", "learning_curves", "search_progress", "filters", "losses", "formulas"]
 TABLES = expand("results/tables/{name}.{ext}", name=TABLE_NAMES, ext=["csv", "md"])
 FIGURES = expand("results/figures/{name}.{ext}", name=FIGURE_NAMES, ext=["svg", "png"])
@@ -58,6 +58,7 @@ MISSING_VARIABLE = "EVOLOSS_MISSING"
 MISSING = read_json(os.environ[MISSING_VARIABLE]) if MISSING_VARIABLE in os.environ else []
 if MISSING:
     config["missing"] = MISSING  # for the report's first page, which sees nothing else
+
 
 # Only then, because Snakemake refuses an image whose path has a space even where it would not use it.
 if DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method:

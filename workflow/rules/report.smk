@@ -75,6 +75,13 @@ rule aggregate_results:
             labels={"content": "Datasets", "form": "table"},
         ),
         datasets_md="results/tables/datasets.md",
+        origin_csv=report(
+            "results/tables/origin.csv",
+            caption="../report/table_origin.rst",
+            category="Origin",
+            labels={"content": "Versions and hardware", "form": "table"},
+        ),
+        origin_md="results/tables/origin.md",
         missing_csv=(
             report(
                 "results/tables/missing.csv",
@@ -104,6 +111,7 @@ rule aggregate_results:
             "analysis/load.py",
             "analysis/load_losses.py",
             "analysis/missing.py",
+            "analysis/origin.py",
             "analysis/statistics.py",
             "analysis/tables.py",
         ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,18 @@ from evoloss.analysis.load import (
 )
 from evoloss.analysis.load_losses import load_losses
 from evoloss.analysis.missing import describe_missing, load_missing, missing_table
+from evoloss.analysis.origin import (
+    describe_origin,
+    describe_versions,
+    load_origins,
+    origin_table,
+)
 from evoloss.analysis.statistics import (
     COMPARATORS,
     compare_methods,
 )
 from evoloss.analysis.tables import Column, Table, write_frame, write_table
+from evoloss.provenance import provenance
 
 COUNTS = (
     "candidates",
@@ -54,6 +61,7 @@ class Results:
     searches: pd.DataFrame
     datasets: pd.DataFrame
     tuned: pd.DataFrame
+    origins: pd.DataFrame
     missing: pd.DataFrame
 
 
@@ -86,6 +94,7 @@ def aggregate_results(
         searches=sort_results(searches),
         datasets=load_datasets(inputs["datasets"]),
         tuned=load_tuned(inputs["tuned"]),
+        origins=load_origins(inputs),
         missing=load_missing(missing),
     )
 
@@ -106,33 +115,6 @@ def describe_failures(
         if count:
             sentences.append(f"{', '.join(map(str, keys))}: {count} of {len(runs)} runs diverged")
     return [f"**{sentence.rstrip('.')}.**" for sentence in sentences]
-
-
-def describe_versions(frames: Iterable[pd.DataFrame]) -> list[str]:
-    """Return a warning if the results stem from several evoloss versions, else nothing."""
-    versions = sorted({str(v) for frame in frames for v in frame["version"].dropna().unique()})
-    if len(versions) < 2:
-        return []
-    names = ", ".join(versions)
-    advice = "run the workflow again before comparing them"
-    return [f"**These results mix evoloss versions {names}: {advice}.**"]
-
-
-def describe_origin(frames: Iterable[pd.DataFrame]) -> list[str]:
-    """Return one sentence that names the versions and commits that computed the results."""
-    pairs = {
-        (str(version), str(commit))
-        for frame in frames
-        for version, commit in frame[["version", "commit"]]
-        .drop_duplicates()
-        .itertuples(index=False)
-        if pd.notna(version)
-    }
-    names = [
-        f"evoloss {version}" + (f", commit {commit}" if commit not in ("None", "nan") else "")
-        for version, commit in sorted(pairs)
-    ]
-    return [f"Computed by {'; '.join(names)}."] if names else []
 
 
 def describe_tuning(tuned: pd.DataFrame) -> list[str]:
@@ -258,7 +240,7 @@ _DATASET_TABLE = (
 
 
 def describe_results(results: Results) -> dict[str, Table]:
-    """Return the tables for readers: test_error, comparison, losses, searches, datasets and missing."""
+    """Return the tables for readers: test_error, comparison, losses, searches, datasets, origin, missing."""
     frames = [results.final, results.searches, results.losses]
     versions = describe_versions(frames)
     origin = describe_origin(frames)
@@ -295,6 +277,7 @@ def describe_results(results: Results) -> dict[str, Table]:
             [*warnings, *origin],
         ),
         "datasets": Table("Datasets", _DATASET_TABLE, results.datasets),
+        "origin": origin_table(results.origins),
         "missing": missing_table(results.missing),
     }
 
@@ -308,7 +291,8 @@ def write_results(results: Results, outputs: Mapping[str, str | Path]) -> None:
         Paths under ``runs``, ``final``, ``comparison``, ``losses``, ``searches`` and
         ``{table}_csv``, ``{table}_md`` for every table of `describe_results`.
     """
+    origin = provenance()
     for name in ("runs", "final", "comparison", "losses", "searches"):
-        write_frame(outputs[name], getattr(results, name), name)
+        write_frame(outputs[name], getattr(results, name), name, origin)
     for name, table in describe_results(results).items():
         write_table(table, outputs[f"{name}_csv"], outputs[f"{name}_md"])

@@ -7,7 +7,7 @@ notes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,10 +130,12 @@ def _writer(text: str) -> Callable[[Path], None]:
     return write
 
 
-def write_frame(path: str | Path, frame: pd.DataFrame, title: str) -> None:
-    """Write a table as parquet; missing values of any kind become nulls."""
+def write_frame(
+    path: str | Path, frame: pd.DataFrame, title: str, provenance: Mapping[str, Any]
+) -> None:
+    """Write a table as parquet with its title and provenance; missing values of any kind become nulls."""
     columns = {
         str(name): [None if _is_missing(value) else value for value in frame[name].tolist()]
         for name in frame.columns
     }
-    write_parquet(path, columns, {"title": title})
+    write_parquet(path, columns, {"title": title, "provenance": dict(provenance)})

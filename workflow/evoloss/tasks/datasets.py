@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from evoloss import __version__
 from evoloss.errors import ConfigError, DataError, describe_choices
+from evoloss.provenance import provenance
 from evoloss.results import write_atomically, write_json
 from evoloss.tasks.preparation import SPLITS, Prepared, encode_source, split_rows
 from evoloss.tasks.sources import Source, load_diabetes, load_mnist5k
@@ -143,6 +144,7 @@ def _make_card(
         "split": [float(fraction) for fraction in split],
         "checksum": compute_checksum(arrays),
         "version": __version__,
+        "provenance": provenance({"data_seed": data_seed, "split": list(split)}),
     }
 
 
