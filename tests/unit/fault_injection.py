@@ -88,7 +88,7 @@ def finish_job(stage: StageInput, output: Path) -> float:
 def is_writing(directory: Path) -> bool:
     """Tell whether a checkpoint's temporary file exists."""
     try:
-        return any(path.name.startswith(".next.checkpoint.") for path in directory.iterdir())
+        return any(path.name.startswith(".current.checkpoint.") for path in directory.iterdir())
     except FileNotFoundError:  # there is no checkpoint yet, or none any more
         return False
 

@@ -63,7 +63,7 @@ def assert_equal(found: object, expected: object) -> None:
 
 @given(STATES)
 def test_every_state_comes_back_exactly(state: object) -> None:
-    assert_equal(decode_checkpoint(encode_checkpoint(state, "job"), "job"), state)
+    assert_equal(decode_checkpoint(b"".join(encode_checkpoint(state, "job")), "job"), state)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.bool])
@@ -71,14 +71,14 @@ def test_tensors_come_back_exactly(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     tensor = (torch.randn(5, 3, generator=generator) * 3).to(dtype).t()
     state = {"a": [tensor, {"b": tensor[:0]}], "nan": torch.tensor([torch.nan, torch.inf])}
-    assert_equal(decode_checkpoint(encode_checkpoint(state, "job"), "job"), state)
+    assert_equal(decode_checkpoint(b"".join(encode_checkpoint(state, "job")), "job"), state)
 
 
 @settings(max_examples=1000)
 @given(st.data())
 def test_a_mutated_file_is_refused(data: st.DataObject) -> None:
     """Bytes changed, cut off, inserted: always `CheckpointError`, never anything else, never a wrong state."""
-    good = encode_checkpoint(STATE, "job")
+    good = b"".join(encode_checkpoint(STATE, "job"))
     kind = data.draw(st.sampled_from(["change", "cut", "insert", "garbage"]))
     place = data.draw(st.integers(0, len(good) - 1))
     piece = data.draw(st.binary(min_size=1, max_size=8))
@@ -101,7 +101,7 @@ def test_a_mutated_file_is_refused(data: st.DataObject) -> None:
 @given(st.data())
 def test_a_forged_body_is_refused_or_harmless(data: st.DataObject) -> None:
     """Whoever changes a file can correct its checksum as well: then the content decides, within our own error."""
-    header, _, body = encode_checkpoint(STATE, "job").partition(b"\n")
+    header, body = encode_checkpoint(STATE, "job")
     place = data.draw(st.integers(0, len(body) - 1))
     piece = data.draw(st.binary(min_size=1, max_size=8))
     forged = body[:place] + piece + body[place + len(piece) :]
@@ -173,7 +173,9 @@ def test_a_full_disk_costs_the_checkpoint_not_the_job(
         signal.signal(signal.SIGXFSZ, handler)
     assert "no checkpoint written" in caplog.text
     assert checkpoints.load() == {"step": 1}
-    assert sorted(path.name for path in tmp_path.iterdir()) == [CURRENT]
+    assert [path.name for path in tmp_path.iterdir()] == [PREVIOUS]
+    checkpoints.save({"step": 2})
+    assert checkpoints.load() == {"step": 2}
 
 
 WRITER = """

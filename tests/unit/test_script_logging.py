@@ -15,7 +15,12 @@ from evoloss.script_logging import script_logging
 @pytest.fixture
 def job(tmp_path: Path) -> SimpleNamespace:
     wildcards = {"search_seed": "3", "task": "diabetes", "method": "evomal"}
-    return SimpleNamespace(log=[str(tmp_path / "logs" / "job.log")], wildcards=wildcards, rule="r")
+    return SimpleNamespace(
+        log=[str(tmp_path / "logs" / "job.log")],
+        params={"checkpoints": str(tmp_path / "checkpoints")},
+        wildcards=wildcards,
+        rule="r",
+    )
 
 
 def test_messages_of_the_package_go_to_the_log(job: SimpleNamespace) -> None:
@@ -28,6 +33,18 @@ def test_messages_of_the_package_go_to_the_log(job: SimpleNamespace) -> None:
     assert "INFO generation 1" in text
     assert "INFO done" in text
     assert root.handlers == before
+
+
+def test_a_job_that_goes_on_from_a_checkpoint_goes_on_in_its_log(job: SimpleNamespace) -> None:
+    for word in ("lost", "first"):
+        with script_logging(job) as logger:
+            logger.info(word)
+    Path(job.params["checkpoints"]).mkdir()
+    with script_logging(job) as logger:
+        logger.info("second")
+    text = Path(job.log[0]).read_text()
+    assert "lost" not in text
+    assert text.index("first") < text.index("second")
 
 
 def test_an_error_of_ours_is_one_sentence(

@@ -7,7 +7,6 @@ two are kept; each is written beside its place, synced, and renamed, so that a k
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
@@ -21,8 +20,8 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from evoloss import __version__
 from evoloss.errors import CheckpointError
+from evoloss.provenance import read_package_versions
 from evoloss.results import write_atomically
 from evoloss.termination import Terminated, Termination
 
@@ -35,18 +34,23 @@ CURRENT, PREVIOUS = "current.checkpoint", "previous.checkpoint"
 
 
 def compute_identity(content: Any, *files: str | Path) -> str:
-    """Hash what a job computes from: parameters, input files, and the package's version."""
-    digest = hashlib.sha256(json.dumps([__version__, content], sort_keys=True).encode())
-    for file in files:
+    """Hash what a job computes from: parameters, input files, this package's code, the versions of its libraries."""
+    known = [read_package_versions(), content]
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
+    package = Path(__file__).parent
+    for file in (*files, *sorted(package.rglob("*.py"))):
         digest.update(hashlib.sha256(Path(file).read_bytes()).digest())
     return digest.hexdigest()
 
 
-def encode_checkpoint(state: Any, identity: str) -> bytes:
-    """Return the file's bytes; ``state``: dicts with str keys, lists, JSON scalars (inf and NaN too), tensors."""
+def encode_checkpoint(state: Any, identity: str) -> tuple[bytes, bytes]:
+    """Return the file's first line and the rest.
+
+    ``state``: dicts with str keys, lists, JSON scalars (inf and NaN too), tensors.
+    """
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_replace_tensors(state, tensors))
-    body = safetensors.torch.save(tensors, metadata={"state": text})
+    body: bytes = safetensors.torch.save(tensors, metadata={"state": text})
     header = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -54,7 +58,7 @@ def encode_checkpoint(state: Any, identity: str) -> bytes:
         "size": len(body),
         "sha256": hashlib.sha256(body).hexdigest(),
     }
-    return json.dumps(header).encode() + b"\n" + body
+    return json.dumps(header).encode() + b"\n", body
 
 
 def decode_checkpoint(data: bytes, identity: str) -> Any:
@@ -137,27 +141,27 @@ class Checkpoints:
         if due or ending or time.monotonic() - self._saved >= self.interval:
             self.save(get_state())
         if ending:
+            logger.warning("asked to end: the state is saved, and the next start goes on from it")
             raise Terminated
 
     def save(self, state: Any) -> None:
-        """Write a checkpoint. A full disk costs the checkpoint, not the job: the previous ones stay."""
-        data = encode_checkpoint(state, self.identity)
+        """Write a checkpoint. A full or failing disk costs the checkpoint, not the job: the previous one stays."""
+        parts = encode_checkpoint(state, self.identity)
         current = self.directory / CURRENT
+
+        def write(path: Path) -> None:
+            with path.open("wb") as stream:
+                stream.writelines(parts)
+
         try:
-            write_atomically(current.with_name("next.checkpoint"), lambda path: _write(path, data))
+            # if what follows fails, `load` finds the previous one
             if current.exists():
                 current.replace(self.directory / PREVIOUS)
-            current.with_name("next.checkpoint").replace(current)
+            write_atomically(current, write)
             _sync_directory(self.directory)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
             logger.warning("no checkpoint written: %s", error)
         self._saved = time.monotonic()
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
 
 
 def _sync_directory(directory: Path) -> None:
@@ -171,7 +175,10 @@ def _sync_directory(directory: Path) -> None:
 def _replace_tensors(node: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(node, Tensor):
         name = str(len(tensors))
-        tensors[name] = node.detach().cpu().contiguous().clone()
+        tensor = node.detach().cpu().contiguous()
+        # a part of a larger tensor would be refused
+        whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+        tensors[name] = tensor if whole else tensor.clone()
         return {"tensor": name}
     if isinstance(node, Mapping):
         return {"dict": {key: _replace_tensors(value, tensors) for key, value in node.items()}}

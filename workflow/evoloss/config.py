@@ -42,6 +42,9 @@ MODELS = {
 }
 """Base models: the forms of input they take."""
 
+LINEARISED_MODELS = ("linear", "mlp")
+"""Models whose local search can be linearised."""
+
 
 class _StrictLoader(yaml.SafeLoader):
     """A safe YAML loader that refuses a key given twice; YAML would silently keep the last."""
@@ -210,6 +213,11 @@ def _check_task(config: Config, name: str) -> None:
         )
     settings = {key: merge_section(config, name, key) for key in TASK_SECTIONS}
     _check_settings(settings, where)
+    if settings["local_search"]["linearised"] and task["models"][0] not in LINEARISED_MODELS:
+        raise ConfigError(
+            f"for {where}, local_search.linearised: true needs a first model that has a linearised form "
+            f"({' or '.join(LINEARISED_MODELS)}), not {task['models'][0]!r}"
+        )
     if "evomal" in config["methods"] and settings["training"]["optimizer"] == "adam":
         raise ConfigError(
             f"for {where}, methods: evomal needs training.optimizer: sgd, because its local search "
@@ -242,6 +250,10 @@ def _check_settings(settings: Mapping[str, Mapping[str, Any]], where: str) -> No
         raise ConfigError(
             f"{prefix} training.optimizer: adam needs training.momentum: 0.0, "
             f"but is {training['momentum']}"
+        )
+    if settings["local_search"]["linearised"] and settings["local_search"]["inner_steps"] > 1:
+        raise ConfigError(
+            f"{prefix} local_search.linearised: true needs local_search.inner_steps: 1"
         )
     if training["nesterov"] and training["momentum"] == 0:
         raise ConfigError(

@@ -92,6 +92,11 @@ def _read_version(package: str) -> str | None:
         return None  # a package of the workflow alone, where only the library is installed
 
 
+def read_package_versions() -> dict[str, str | None]:
+    """Return the versions of `PACKAGES`, None where one is not installed."""
+    return {name: _read_version(name) for name in PACKAGES}
+
+
 def provenance(
     settings: Any = None, hardware: Mapping[str, Any] | None = None, **extra: Any
 ) -> dict[str, Any]:
@@ -114,7 +119,7 @@ def provenance(
         **describe_commit(),
         "python": ".".join(map(str, sys.version_info[:3])),
         "platform": f"{platform.system()} {platform.machine()}",
-        "packages": {name: _read_version(name) for name in PACKAGES},
+        "packages": read_package_versions(),
         "hardware": dict(hardware or describe_hardware()),
         "config": settings,
         "config_digest": digest(settings),

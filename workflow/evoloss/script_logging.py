@@ -60,7 +60,10 @@ def script_logging(snakemake: Any) -> Iterator[logging.Logger]:
 def _make_handlers(snakemake: Any) -> Iterator[logging.Handler]:
     path = Path(str(snakemake.log[0]))
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = logging.FileHandler(path, mode="w", encoding="utf-8")
+    # a job that goes on from a checkpoint goes on in its log
+    directory = snakemake.params.get("checkpoints")
+    mode = "a" if directory and Path(directory).is_dir() else "w"
+    file = logging.FileHandler(path, mode=mode, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     yield file
     if sys.stderr.isatty():

@@ -33,6 +33,9 @@ STACK_BYTES = 2**22
 MAX_JACOBIAN_BYTES = 2**28
 """Meta-gradients keep the outputs' Jacobian by all layers' values; a network with a larger one goes another path."""
 
+OUTPUT_ROWS = 1024
+"""Rows whose outputs are computed at a time: a whole training split's hidden layers need not fit into memory."""
+
 CHECK_EVERY = 8
 """Steps between two looks whether a network of the stack is left that has not diverged."""
 
@@ -195,7 +198,8 @@ class DensePath:
         def work(_: None, stack: Stack) -> Tensor:
             # a saturated unit hides a weight that is not finite
             finite = torch.stack([p.flatten(1).sum(1).isfinite() for p in stack.params]).all(0)
-            out = self._forward(stack.params, x.flatten(1))[-1]
+            parts = torch.split(x.flatten(1), OUTPUT_ROWS)
+            out = torch.cat([self._forward(stack.params, part)[-1] for part in parts], 1)
             return torch.where(finite[:, None, None], out, torch.nan)
 
         return torch.cat(map_on_threads(lambda: None, work, state))

@@ -52,7 +52,8 @@ def check_operator_table() -> None:
     if names != tuple(_NAMES.split()) or operators.PROTECTION != PROTECTION:
         raise ExpressionError(
             f"the kernels know the operators {_NAMES} with protection {PROTECTION}, but the table holds "
-            f"{' '.join(names)} with {operators.PROTECTION}; bring evoloss/engine/kernels.py up to date"
+            f"{' '.join(names)} with {operators.PROTECTION}; "
+            "bring evoloss/engine/kernel_forward.py, kernel_reverse.py and kernel_rows.py up to date"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-SAFE_STEPS = 50
-"""Training steps between two safe points."""
+STRIDE_SECONDS = 5.0
+"""About so much time is between two safe points: what SIGTERM has to wait for."""
+FIRST_STRIDE = 8
+"""Training steps to the first safe point; doubled while they take less than half of `STRIDE_SECONDS`."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class TrainingRun:
         self.step = 0
         self.num_networks = num_networks
         self._stream = stream
+        self._stride = FIRST_STRIDE
         self._batches = draw_batches(
             len(engine.task.train.y), engine.settings.batch_size, num_steps, *stream, "batches"
         ).to(engine.device)
@@ -81,12 +85,15 @@ class TrainingRun:
         )
 
     def advance(self, step: int, at_safe_point: Callable[[], None] | None = None) -> None:
-        """Train on until ``step`` steps are done in all; ``at_safe_point`` is called every `SAFE_STEPS` of them."""
+        """Train on until ``step`` steps are done in all; ``at_safe_point`` is called every few seconds."""
         while self.step < step:
-            self.step = min(step, self.step + SAFE_STEPS) if at_safe_point else step
+            started = time.monotonic()
+            self.step = min(step, self.step + self._stride) if at_safe_point else step
             self._visit(lambda part: None)
             if at_safe_point is not None:
                 at_safe_point()
+                if time.monotonic() - started < STRIDE_SECONDS / 2:
+                    self._stride *= 2
 
     def describe(self) -> dict[str, Any]:
         """Return the progress, to be saved at a safe point."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from evoloss.errors import ExpressionError, describe_choices
 from evoloss.expressions.operators import CONSTANT, LABEL, OPERATORS, PREDICTION
 
-MAX_TEXT_LENGTH = 100_000
 MAX_NODES = 5_000
+TEXT_PER_NODE = 20
 MAX_DEPTH = 100
 
 
@@ -96,8 +96,9 @@ _TOKEN = re.compile(
 class _Parser:
     """Recursive descent over ``expression := number | y | f(x) | name '(' expression {',' expression} ')'``."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, max_nodes: int) -> None:
         self.text = text
+        self.max_nodes = max_nodes
         self.position = 0
         self.nodes = 0
 
@@ -126,9 +127,9 @@ class _Parser:
     def expression(self, depth: int) -> Expression:
         self.nodes += 1
         kind, token, start = self.next_token()
-        if self.nodes > MAX_NODES or depth > MAX_DEPTH:
+        if self.nodes > self.max_nodes or depth > MAX_DEPTH:
             raise self.fail(
-                f"expression larger than {MAX_NODES} nodes or deeper than {MAX_DEPTH}", start
+                f"expression larger than {self.max_nodes} nodes or deeper than {MAX_DEPTH}", start
             )
         if kind == "prediction":
             return F
@@ -154,17 +155,19 @@ class _Parser:
         return Expression(token, tuple(args))
 
 
-def parse_expression(text: str) -> Expression:
-    """Parse the text form of an expression. Runs no code; size and depth are bounded.
+def parse_expression(text: str, max_nodes: int = MAX_NODES) -> Expression:
+    """Parse the text form of an expression. Runs no code; size (``max_nodes``) and depth are bounded.
 
     Raises
     ------
     ExpressionError
         With the position (1-based) of the first character that does not fit the grammar.
     """
-    if len(text) > MAX_TEXT_LENGTH:
-        raise ExpressionError(f"expression text is longer than {MAX_TEXT_LENGTH} characters")
-    parser = _Parser(text)
+    if len(text) > max_nodes * TEXT_PER_NODE:
+        raise ExpressionError(
+            f"expression text is longer than {max_nodes * TEXT_PER_NODE} characters"
+        )
+    parser = _Parser(text, max_nodes)
     expression = parser.expression(0)
     rest = text[parser.position :]
     if rest.strip():

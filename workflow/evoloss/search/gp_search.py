@@ -20,6 +20,7 @@ import torch
 from evoloss.checkpoint import Checkpoints
 from evoloss.engine import Engine, LocalSearchSettings
 from evoloss.engine.filters import (
+    RejectionResult,
     RejectionSettings,
     has_zero_gradient,
     run_rejection_protocol,
@@ -31,7 +32,6 @@ from evoloss.expressions import (
     Program,
     compile_weighted_tree,
     format_text,
-    parse_expression,
     program_to_expression,
 )
 from evoloss.expressions.canonical import canonical_key
@@ -41,6 +41,7 @@ from evoloss.search.individuals import Individual, Variation, VariationSettings,
 from evoloss.search.search_state import (
     describe_archive,
     describe_random,
+    parse_tree,
     restore_archive,
     restore_random,
 )
@@ -74,7 +75,7 @@ class GPSearch:
     """One search with one seed. ``on_generation`` is called with each finished history row.
 
     With ``checkpoints`` it saves its state after every generation and, within one, at the checkpoints' interval; it
-    goes on from there, with the result of an undisturbed search.
+    goes on from there, with the result of an undisturbed search, but for the history's seconds: they are this process's.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class GPSearch:
         self._checkpoints = checkpoints
         self._resume: dict[str, Any] = {}
         self._tuned: list[Program] = []
+        self._verdicts = RejectionResult(np.zeros(0, dtype=bool), [])
 
     def run(self, on_generation: Callable[[dict[str, Any]], None] | None = None) -> SearchResult:
         """Run all generations (the initial population is generation 0), from the checkpoint if there is one."""
@@ -136,7 +138,7 @@ class GPSearch:
         self.archive = restore_archive(state["archive"])
         restore_random(self._random, state["random"])
         self._population = [
-            self.variation.build_individual(parse_expression(tree)) for tree in state["population"]
+            self.variation.build_individual(parse_tree(tree)) for tree in state["population"]
         ]
 
     def _describe_state(self, **progress: Any) -> dict[str, Any]:
@@ -198,7 +200,6 @@ class GPSearch:
         return program.with_loss_params(program.loss_params * (1.0 + noise))
 
     def _evaluate_fresh(self, fresh: dict[str, Expression]) -> None:
-        s = self.settings
         started: dict[str, Program] = {}
         for key, tree in fresh.items():
             program = self._initial_program(key, tree)
@@ -209,7 +210,7 @@ class GPSearch:
         clock = time.perf_counter()
         programs = self._tuned = self._run_local_search(list(started.values()))
         clock = self._lap("local_search", clock)
-        result = run_rejection_protocol(self.engine, programs, s.rejection, self.search_seed)
+        result = self._verdicts = self._run_rejection(programs)
         clock = self._lap("rejection", clock)
         pending: list[tuple[str, Program, bytes]] = []
         twins: list[tuple[str, Program, bytes]] = []
@@ -224,7 +225,12 @@ class GPSearch:
             else:
                 first.add(gradient_key)
                 pending.append((key, program, gradient_key))
-        self._run_fitness(pending, fresh, self._resume.get("fitness"), self._reach_fitness_point)
+        self._run_fitness(
+            pending,
+            fresh,
+            self._resume.get("fitness"),
+            self._reach_fitness_point if self._checkpoints else None,
+        )
         orphans = []
         for key, program, gradient_key in twins:
             twin = self.archive.key_by_gradient.get(gradient_key)
@@ -252,7 +258,19 @@ class GPSearch:
             self.search_seed,
             "local search",
             resume=self._resume.get("local_search"),
-            at_safe_point=partial(self._reach_safe_point, "local_search"),
+            at_safe_point=partial(self._reach_safe_point, "local_search")
+            if self._checkpoints
+            else None,
+        )
+
+    def _run_rejection(self, programs: list[Program]) -> RejectionResult:
+        """Return the verdicts; a resumed fitness run's are the checkpoint's, as another machine may round otherwise."""
+        if "fitness" in self._resume:
+            known = self._resume["fitness"]
+            keys = [bytes.fromhex(key) for key in known["gradient_keys"]]
+            return RejectionResult(np.array(known["rejected"], dtype=bool), keys)
+        return run_rejection_protocol(
+            self.engine, programs, self.settings.rejection, self.search_seed
         )
 
     def _reach_fitness_point(self, get_race: Callable[[], Any]) -> None:
@@ -260,6 +278,8 @@ class GPSearch:
             "fitness",
             lambda: {
                 "weights": [torch.from_numpy(program.weights) for program in self._tuned],
+                "rejected": self._verdicts.rejected.tolist(),
+                "gradient_keys": [key.hex() for key in self._verdicts.gradient_keys],
                 "race": get_race(),
             },
         )

@@ -6,8 +6,16 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from evoloss.expressions import format_text, parse_expression
+from evoloss.expressions import Expression, format_text, parse_expression
 from evoloss.search.archive import Archive, Record
+
+MAX_NODES = 10**7
+"""No limit for what a search itself has made; a loss file's is far below."""
+
+
+def parse_tree(text: str) -> Expression:
+    """Return the expression that `format_text` wrote."""
+    return parse_expression(text, MAX_NODES)
 
 
 def describe_archive(archive: Archive, before: int) -> dict[str, Any]:
@@ -42,7 +50,7 @@ def describe_archive(archive: Archive, before: int) -> dict[str, Any]:
 def restore_archive(state: Mapping[str, Any]) -> Archive:
     """Return the archive that `describe_archive` described."""
     records = {
-        key: Record(parse_expression(tree), parse_expression(expression), *rest)
+        key: Record(parse_tree(tree), parse_tree(expression), *rest)
         for key, tree, expression, *rest in state["records"]
     }
     return Archive(

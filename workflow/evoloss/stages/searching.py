@@ -66,10 +66,12 @@ class ProgressLog:
     def __init__(self, num_generations: int) -> None:
         self.num_generations = num_generations
         self.started = time.monotonic()
+        self.seen = 0
 
     def __call__(self, row: Mapping[str, Any]) -> None:
-        done = row["generation"] + 1
-        left = (time.monotonic() - self.started) / done * (self.num_generations + 1 - done)
+        self.seen += 1  # not the generation: a resumed search starts in the middle
+        to_do = self.num_generations - row["generation"]
+        left = (time.monotonic() - self.started) / self.seen * to_do
         filtered = {name: row[name] for name in FATES}
         logger.info(
             "generation %d/%d  best %.4g  %s  evaluated %d of %d (%s)  about %.0f s left",
@@ -152,7 +154,7 @@ def _describe_front(result: SearchResult) -> dict[str, Any]:
         return {"status": "ok", "reason": None, "entries": entries}
     total = sum(row["candidates"] for row in result.history)
     reason = (
-        f"every one of the {total} candidates was rejected or diverged; "
+        f"every one of the {total} candidates was rejected, stopped or diverged; "
         "a larger search.population_size or another seed may find one"
     )
     return {"status": "failed", "reason": reason, "entries": []}
