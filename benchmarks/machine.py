@@ -52,7 +52,7 @@ def _wait(device: torch.device) -> None:
 def measure_gemm_peak(device: torch.device, repeats: int = 5) -> float:
     """Return the float32 matrix-product rate (FLOP/s) at 1024 x 1024: the best of ``repeats``, by torch or the engine.
 
-    The engine's own product is faster where torch's library leaves a part of the processor unused (`evoloss.engine.products`).
+    The engine's own is faster where torch's library leaves a part of the processor unused (`evoloss.engine.products`).
     """
     a = torch.rand(GEMM_SIZE, GEMM_SIZE, device=device)
     out = torch.empty_like(a)
