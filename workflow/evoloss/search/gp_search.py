@@ -75,7 +75,7 @@ class GPSearch:
     """One search with one seed. ``on_generation`` is called with each finished history row.
 
     With ``checkpoints`` it saves its state after every generation and, within one, at the checkpoints' interval; it
-    goes on from there, with the result of an undisturbed search, but for the history's seconds: those are one process's.
+    goes on from there, with the result of an undisturbed search (the history's seconds are those of one process).
     """
 
     def __init__(
