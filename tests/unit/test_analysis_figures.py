@@ -190,6 +190,7 @@ def test_all_searches_failed(name: str, results: Results, tmp_path: Path) -> Non
         searches=results.searches.assign(status="failed", reason=REASON, **numbers),
         datasets=results.datasets,
         tuned=results.tuned,
+        origins=results.origins,
         missing=results.missing,
     )
     save_figure(FIGURES[name](lost), tmp_path / "figure.svg", tmp_path / "figure.png")
