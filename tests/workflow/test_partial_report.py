@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -34,10 +35,10 @@ def test_report_of_what_there_is(tiny_run: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     shutil.copytree(tiny_run, directory, symlinks=True)
     results = directory / "results"
-    obstacle = results / f"checkpoints/search_loss/{SEARCH}"
-    shutil.rmtree(obstacle, ignore_errors=True)
-    obstacle.parent.mkdir(parents=True, exist_ok=True)
-    obstacle.write_text("no folder can be made here")
+    dataset = results / "prepare_dataset/diabetes.npz"
+    good, written = dataset.read_bytes(), dataset.stat()
+    dataset.write_bytes(good[:1000])
+    os.utime(dataset, ns=(written.st_atime_ns, written.st_mtime_ns))
     before = (results / "report.html").read_bytes()
 
     without = start_snakemake(directory, *OPTIONS, *AGAIN)
@@ -54,7 +55,7 @@ def test_report_of_what_there_is(tiny_run: Path, tmp_path: Path) -> None:
     assert missing["status"].tolist() == ["failed"] + ["not run"] * 6
     log = f"results/logs/search_loss/{SEARCH}.log"
     assert set(missing["logs"]) == {log}
-    assert "FileExistsError" in (directory / log).read_text()
+    assert "diabetes.npz is damaged" in (directory / log).read_text()
     test_error = pd.read_csv(results / "tables/test_error.csv")
     methods = test_error.groupby(["task", "model"])["method"].agg(set)
     assert "gp_lfl" not in methods["diabetes", "linear"] | methods["diabetes", "mlp"]
@@ -65,7 +66,8 @@ def test_report_of_what_there_is(tiny_run: Path, tmp_path: Path) -> None:
     assert log in report
     assert "system-message" not in report  # what docutils puts where it cannot read a text
 
-    obstacle.unlink()
+    dataset.write_bytes(good)
+    os.utime(dataset, ns=(written.st_atime_ns, written.st_mtime_ns))
     done = start_snakemake(directory, *OPTIONS)
     assert done.returncode == 0, done.stdout[-3000:]
     assert read_results(directory) == read_results(tiny_run)

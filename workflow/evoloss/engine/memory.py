@@ -72,13 +72,15 @@ class Chunks:
                 if len(chunk) == 1:
                     raise ModelError(self._describe_failure(error)) from error
             # outside of the except clause, where the traceback would keep the failed work's tensors alive
-            self._limit = -(-len(chunk) // 2)
-            logger.warning(
-                "not enough memory to %s with %d losses at once: going on with at most %d at a time",
-                self._what,
-                len(chunk),
-                self._limit,
-            )
+            limit = -(-len(chunk) // 2)
+            if limit != self._limit:  # of several chunks of one size that fail, the first says so
+                logger.warning(
+                    "not enough memory to %s with %d losses at once: going on with at most %d at a time",
+                    self._what,
+                    len(chunk),
+                    limit,
+                )
+            self._limit = limit
             pieces = self.split(chunk)
             halves.update(pieces)
             waiting[:0] = pieces
