@@ -113,6 +113,12 @@ def test_a_forged_body_is_refused_or_harmless(data: st.DataObject) -> None:
         return
 
 
+def test_tensors_that_share_memory_come_back_exactly() -> None:
+    whole = torch.arange(6.0)
+    state = {"whole": whole, "again": whole, "view": whole.view(2, 3), "part": whole[:2]}
+    assert_equal(decode_checkpoint(b"".join(encode_checkpoint(state, "job")), "job"), state)
+
+
 def test_identity_follows_parameters_files_and_nothing_else(tmp_path: Path) -> None:
     file = tmp_path / "data"
     file.write_bytes(b"1")
@@ -144,6 +150,10 @@ def test_a_damaged_checkpoint_gives_way_to_the_previous(
     (tmp_path / CURRENT).write_bytes(damaged)
     assert checkpoints.load() == {"step": 1}
     assert f"{CURRENT} is not used: it is damaged" in caplog.text
+    # the damaged one must not take the place of the good one at the next save
+    checkpoints.save({"step": 3})
+    (tmp_path / CURRENT).write_bytes(b"")
+    assert checkpoints.load() == {"step": 1}
     (tmp_path / PREVIOUS).write_bytes(b"")
     assert checkpoints.load() is None
 

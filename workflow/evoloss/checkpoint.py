@@ -122,8 +122,13 @@ class Checkpoints:
                 state = decode_checkpoint(path.read_bytes(), self.identity)
             except FileNotFoundError:
                 continue
-            except (OSError, CheckpointError) as error:
+            except OSError as error:
+                logger.warning("checkpoint %s cannot be read: %s", path, error)
+                continue
+            except CheckpointError as error:
                 logger.warning("checkpoint %s is not used: %s", path, error)
+                # else the next save would put it in the place of a good previous one
+                path.unlink(missing_ok=True)
                 continue
             logger.info("going on from checkpoint %s", path)
             return state
@@ -176,9 +181,11 @@ def _replace_tensors(node: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(node, Tensor):
         name = str(len(tensors))
         tensor = node.detach().cpu().contiguous()
-        # a part of a larger tensor would be refused
-        whole = tensor.untyped_storage().nbytes() == tensor.nbytes
-        tensors[name] = tensor if whole else tensor.clone()
+        # safetensors refuses parts of one memory, and one tensor under two names
+        storage = tensor.untyped_storage()
+        taken = {known.untyped_storage().data_ptr() for known in tensors.values()}
+        alone = storage.nbytes() == tensor.nbytes and storage.data_ptr() not in taken
+        tensors[name] = tensor if alone else tensor.clone()
         return {"tensor": name}
     if isinstance(node, Mapping):
         return {"dict": {key: _replace_tensors(value, tensors) for key, value in node.items()}}
