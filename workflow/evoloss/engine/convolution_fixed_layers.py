@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evoloss.engine.convolution_kernels import compute_tanh
-from evoloss.engine.convolution_layers import Shape, UnsupportedLayerError
+from evoloss.engine.convolution_kernels import (
+    ACTIVATIONS,
+    compute_tanh,
+    multiply_by_slope,
+    pool_activated,
+    pool_tangent,
+    spread_pooled,
+)
+from evoloss.engine.convolution_layers import Array, Shape, UnsupportedLayerError
 
 
 class FixedLayer(Protocol):
@@ -17,15 +25,15 @@ class FixedLayer(Protocol):
 
     shape: Shape
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Array) -> Array:
         """Return the output ``y`` for the input ``x``."""
         ...
 
-    def backward(self, x: Tensor, y: Tensor, dy: Tensor) -> Tensor:
+    def backward(self, x: Array, y: Array, dy: Array) -> Array:
         """Return the gradient by ``x``, given that by ``y``."""
         ...
 
-    def tangent(self, x: Tensor, y: Tensor, dx: Tensor) -> Tensor:
+    def tangent(self, x: Array, y: Array, dx: Array) -> Array:
         """Return the derivative of ``y`` along ``dx``."""
         ...
 
@@ -33,27 +41,30 @@ class FixedLayer(Protocol):
 class Padding:
     """The zeros around the images that an `nn.Conv2d` asks for."""
 
-    def __init__(self, module: nn.Conv2d, shape: Shape, batch: int, dtype: torch.dtype) -> None:
+    def __init__(self, module: nn.Conv2d, shape: Shape, batch: int, dtype: np.dtype[Any]) -> None:
         channels, height, width = shape
         (top, bottom), (left, right) = _find_padding(module)
         self.shape: Shape = (channels, height + top + bottom, width + left + right)
         self._is_empty = self.shape == shape
         self._inside = (slice(None), slice(top, top + height), slice(left, left + width))
-        self._y = torch.zeros(*self.shape, batch, dtype=dtype)
-        self._dx = torch.empty(*shape, batch, dtype=dtype)
+        self._y = np.zeros((*self.shape, batch), dtype)
+        self._dx = np.empty((*shape, batch), dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Array) -> Array:
         """See `FixedLayer`."""
         if self._is_empty:
             return x
         self._y[self._inside] = x
         return self._y
 
-    def backward(self, x: Tensor, y: Tensor, dy: Tensor) -> Tensor:
+    def backward(self, x: Array, y: Array, dy: Array) -> Array:
         """See `FixedLayer`."""
-        return dy if self._is_empty else self._dx.copy_(dy[self._inside])
+        if self._is_empty:
+            return dy
+        np.copyto(self._dx, dy[self._inside])
+        return self._dx
 
-    def tangent(self, x: Tensor, y: Tensor, dx: Tensor) -> Tensor:
+    def tangent(self, x: Array, y: Array, dx: Array) -> Array:
         """See `FixedLayer`."""
         return self.forward(dx)
 
@@ -70,20 +81,20 @@ def _find_padding(module: nn.Conv2d) -> list[tuple[int, int]]:
 class Flatten:
     """`nn.Flatten`."""
 
-    def __init__(self, module: nn.Flatten, shape: Shape, batch: int, dtype: torch.dtype) -> None:
+    def __init__(self, module: nn.Flatten, shape: Shape, batch: int, dtype: np.dtype[Any]) -> None:
         if module.start_dim != 1 or module.end_dim not in (-1, len(shape)):
             raise UnsupportedLayerError("nn.Flatten of some dimensions only")
         self.shape: Shape = (math.prod(shape),)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Array) -> Array:
         """See `FixedLayer`."""
-        return x.view(-1, x.shape[-1])
+        return x.reshape(-1, x.shape[-1])
 
-    def backward(self, x: Tensor, y: Tensor, dy: Tensor) -> Tensor:
+    def backward(self, x: Array, y: Array, dy: Array) -> Array:
         """See `FixedLayer`."""
-        return dy.view(x.shape)
+        return dy.reshape(x.shape)
 
-    def tangent(self, x: Tensor, y: Tensor, dx: Tensor) -> Tensor:
+    def tangent(self, x: Array, y: Array, dx: Array) -> Array:
         """See `FixedLayer`."""
         return self.forward(dx)
 
@@ -91,43 +102,43 @@ class Flatten:
 class Activation:
     """`nn.Tanh`, `nn.ReLU` or `nn.Sigmoid`: their derivatives are functions of the output.
 
-    ``in_place`` may be set where the layer before needs its own output no more, which saves time and memory.
+    ``in_place`` may be set where the layer before needs its own output no more, which saves time; ``buffer`` is then
+    free.
     """
 
-    def __init__(self, module: nn.Module, shape: Shape, batch: int, dtype: torch.dtype) -> None:
+    def __init__(self, module: nn.Module, shape: Shape, batch: int, dtype: np.dtype[Any]) -> None:
         self.shape = shape
         self.in_place = False
-        self._module = module
-        self._y = torch.empty(*shape, batch, dtype=dtype)
+        self.kind = ACTIVATIONS.index(type(module).__name__)
+        self.buffer = np.empty((*shape, batch), dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Array) -> Array:
         """See `FixedLayer`."""
-        y = x if self.in_place else self._y
-        if isinstance(self._module, nn.Tanh):
-            compute_tanh(x, y)
-        elif isinstance(self._module, nn.Sigmoid):
-            torch.sigmoid(x, out=y)
+        y = x if self.in_place else self.buffer
+        if y is not x:
+            np.copyto(y, x)
+        name = ACTIVATIONS[self.kind]
+        if name == "Tanh":
+            compute_tanh(y)
+        elif name == "Sigmoid":
+            torch.from_numpy(y).sigmoid_()
         else:
-            torch.clamp_min(x, 0.0, out=y)
+            torch.from_numpy(y).clamp_min_(0.0)
         return y
 
-    def backward(self, x: Tensor, y: Tensor, dy: Tensor) -> Tensor:
+    def backward(self, x: Array, y: Array, dy: Array) -> Array:
         """See `FixedLayer`."""
-        aten = torch.ops.aten
-        if isinstance(self._module, nn.Tanh):
-            return aten.tanh_backward.grad_input(dy, y, grad_input=dy)  # type: ignore[no-any-return]
-        if isinstance(self._module, nn.Sigmoid):
-            return aten.sigmoid_backward.grad_input(dy, y, grad_input=dy)  # type: ignore[no-any-return]
-        return aten.threshold_backward.grad_input(dy, y, 0.0, grad_input=dy)  # type: ignore[no-any-return]
+        multiply_by_slope(dy.reshape(-1), y.reshape(-1), self.kind)
+        return dy
 
-    def tangent(self, x: Tensor, y: Tensor, dx: Tensor) -> Tensor:
+    def tangent(self, x: Array, y: Array, dx: Array) -> Array:
         """See `FixedLayer`."""
         return self.backward(x, y, dx)
 
 
-def _as_images(tensor: Tensor) -> Tensor:
+def _as_images(array: Array) -> Tensor:
     """View (channels, height, width, batch) as torch's (channels, batch, height, width), channels last."""
-    return tensor.permute(0, 3, 1, 2)
+    return torch.from_numpy(array).permute(0, 3, 1, 2)
 
 
 def _pair(size: Any) -> list[int]:
@@ -137,53 +148,96 @@ def _pair(size: Any) -> list[int]:
 class AveragePooling:
     """`nn.AvgPool2d`."""
 
-    def __init__(self, module: nn.AvgPool2d, shape: Shape, batch: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, module: nn.AvgPool2d, shape: Shape, batch: int, dtype: np.dtype[Any]
+    ) -> None:
         self._options = (
             *(_pair(size) for size in (module.kernel_size, module.stride, module.padding)),
             *(module.ceil_mode, module.count_include_pad, module.divisor_override),
         )
-        self._dx = torch.empty(*shape, batch, dtype=dtype)
-        self.shape: Shape = (shape[0], *module(self._dx[..., 0]).shape[1:])
-        self._y = torch.empty(*self.shape, batch, dtype=dtype)
+        self._dx = np.empty((*shape, batch), dtype)
+        self.shape: Shape = (shape[0], *module(torch.from_numpy(self._dx[..., 0])).shape[1:])
+        self._y = np.empty((*self.shape, batch), dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Array) -> Array:
         """See `FixedLayer`."""
         torch.ops.aten.avg_pool2d.out(_as_images(x), *self._options, out=_as_images(self._y))
         return self._y
 
-    def backward(self, x: Tensor, y: Tensor, dy: Tensor) -> Tensor:
+    def backward(self, x: Array, y: Array, dy: Array) -> Array:
         """See `FixedLayer`."""
         torch.ops.aten.avg_pool2d_backward.grad_input(
             _as_images(dy), _as_images(x), *self._options, grad_input=_as_images(self._dx)
         )
         return self._dx
 
-    def tangent(self, x: Tensor, y: Tensor, dx: Tensor) -> Tensor:
+    def tangent(self, x: Array, y: Array, dx: Array) -> Array:
         """See `FixedLayer`."""
         return self.forward(dx)
+
+
+class ActivatedPooling:
+    """An activation that works in place and the `nn.AvgPool2d` after it: one pass through the memory of the images.
+
+    For windows that tile the images. ``x`` is the activation's output after `forward`.
+    """
+
+    def __init__(self, activation: Activation, pool: nn.AvgPool2d) -> None:
+        self._activation = activation
+        self._rows, self._columns = _pair(pool.kernel_size)
+        self._dx = activation.buffer
+        channels, height, width = activation.shape
+        self.shape: Shape = (channels, height // self._rows, width // self._columns)
+        self._y = np.empty((*self.shape, self._dx.shape[-1]), self._dx.dtype)
+
+    @staticmethod
+    def fits(pool: nn.Module, shape: Shape) -> TypeGuard[nn.AvgPool2d]:
+        """Tell whether ``pool`` takes means over windows that tile images of ``shape``."""
+        if type(pool) is not nn.AvgPool2d or pool.divisor_override is not None:
+            return False
+        window = _pair(pool.kernel_size)
+        tiles = shape[1] % window[0] == 0 and shape[2] % window[1] == 0
+        return tiles and _pair(pool.stride) == window and _pair(pool.padding) == [0, 0]
+
+    def forward(self, x: Array) -> Array:
+        """See `FixedLayer`."""
+        pool_activated(self._activation.forward(x), self._y, self._rows, self._columns)
+        return self._y
+
+    def backward(self, x: Array, y: Array, dy: Array) -> Array:
+        """See `FixedLayer`."""
+        spread_pooled(dy, x, self._dx, self._rows, self._columns, self._activation.kind)
+        return self._dx
+
+    def tangent(self, x: Array, y: Array, dx: Array) -> Array:
+        """See `FixedLayer`."""
+        pool_tangent(dx, x, self._y, self._rows, self._columns, self._activation.kind)
+        return self._y
 
 
 class MaxPooling:
     """`nn.MaxPool2d`; where the maxima were is found anew by each method, so that nothing but ``x`` is kept."""
 
-    def __init__(self, module: nn.MaxPool2d, shape: Shape, batch: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, module: nn.MaxPool2d, shape: Shape, batch: int, dtype: np.dtype[Any]
+    ) -> None:
         if module.return_indices:
             raise UnsupportedLayerError("nn.MaxPool2d that returns indices")
         options = (module.kernel_size, module.stride, module.padding, module.dilation)
         self._options = (*(_pair(size) for size in options), module.ceil_mode)
-        self._dx = torch.empty(*shape, batch, dtype=dtype)
-        self.shape: Shape = (shape[0], *module(self._dx[..., 0]).shape[1:])
-        self._y = torch.empty(*self.shape, batch, dtype=dtype)
-        self._places = torch.empty(*self.shape, batch, dtype=torch.int64)
+        self._dx = np.empty((*shape, batch), dtype)
+        self.shape: Shape = (shape[0], *module(torch.from_numpy(self._dx[..., 0])).shape[1:])
+        self._y = np.empty((*self.shape, batch), dtype)
+        self._places = np.empty((*self.shape, batch), np.int64)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Array) -> Array:
         """See `FixedLayer`."""
         torch.ops.aten.max_pool2d_with_indices.out(
             _as_images(x), *self._options, out=_as_images(self._y), indices=_as_images(self._places)
         )
         return self._y
 
-    def backward(self, x: Tensor, y: Tensor, dy: Tensor) -> Tensor:
+    def backward(self, x: Array, y: Array, dy: Array) -> Array:
         """See `FixedLayer`."""
         self.forward(x)
         torch.ops.aten.max_pool2d_with_indices_backward.grad_input(
@@ -192,8 +246,11 @@ class MaxPooling:
         )
         return self._dx
 
-    def tangent(self, x: Tensor, y: Tensor, dx: Tensor) -> Tensor:
+    def tangent(self, x: Array, y: Array, dx: Array) -> Array:
         """See `FixedLayer`."""
         self.forward(x)
-        torch.gather(dx.flatten(1, 2), 1, self._places.flatten(1, 2), out=self._y.flatten(1, 2))
+        channels, batch = dx.shape[0], dx.shape[-1]
+        flat = self._places.reshape(channels, -1, batch)
+        chosen = np.take_along_axis(dx.reshape(channels, -1, batch), flat, 1)
+        np.copyto(self._y, chosen.reshape(self._y.shape))
         return self._y

@@ -14,11 +14,12 @@ from typing import Any
 
 import numba
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn import functional
 
+from evoloss.engine.kernel_rows import RowCompiler
+
+ACTIVATIONS = ("Tanh", "Sigmoid", "ReLU")
+"""Classes of `torch.nn` whose derivative is a function of the output; kernels know them by their place here."""
 ROWS, TAPS = 6, 4
 """Block of weights in registers; the compiled code below is written out for it."""
 LENGTH = 4096
@@ -38,10 +39,18 @@ _TANH_LOWER = (
 )  # fmt: skip
 
 
-def pad_to_blocks(weights: Tensor) -> NDArray[Any]:
-    """Return weights (..., rows, taps), filled up with zeros to whole blocks, as `add_products` takes them."""
-    rows, taps = weights.shape[-2:]
-    return functional.pad(weights, (0, -taps % TAPS, 0, -rows % ROWS)).contiguous().numpy()
+_row_block = numba.njit(
+    error_model="numpy", pipeline_class=RowCompiler, forceinline=True, fastmath=_FLAGS
+)
+_kernel = numba.njit(
+    error_model="numpy", pipeline_class=RowCompiler, nogil=True, cache=True, fastmath=_FLAGS
+)
+
+
+def make_blocks(*shape: int, dtype: Any) -> NDArray[Any]:
+    """Return zeros (..., rows, taps) with room for whole blocks, as the kernels take weights."""
+    rows, taps = shape[-2:]
+    return np.zeros((*shape[:-2], rows + -rows % ROWS, taps + -taps % TAPS), dtype=dtype)
 
 
 def pad_offsets(taps: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -49,7 +58,7 @@ def pad_offsets(taps: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.pad(taps, (0, -len(taps) % TAPS), mode="edge")
 
 
-@numba.njit(cache=True, error_model="numpy", nogil=True, fastmath=_FLAGS)
+@_row_block
 def _add_block(w, a0, a1, a2, a3, a4, a5, x0, x1, x2, x3):  # type: ignore[no-untyped-def]
     """Add w (ROWS, TAPS) @ x to the rows a."""
     # named, as the compiler cannot know that writing a leaves w alone
@@ -69,9 +78,20 @@ def _add_block(w, a0, a1, a2, a3, a4, a5, x0, x1, x2, x3):  # type: ignore[no-un
         a5[j] += w50 * v0 + w51 * v1 + w52 * v2 + w53 * v3
 
 
-@numba.njit(cache=True, error_model="numpy", nogil=True, fastmath=_FLAGS)
+@_kernel
 def add_products(  # type: ignore[no-untyped-def]
-    weights, source, source_starts, taps, target, target_starts, shifts, stride, rows, length
+    weights,
+    source,
+    source_starts,
+    taps,
+    target,
+    target_starts,
+    shifts,
+    stride,
+    rows,
+    length,
+    spare,
+    bias,
 ):
     """Add to every row of ``target`` the weighted sum of the rows of ``source`` that its taps name.
 
@@ -80,15 +100,16 @@ def add_products(  # type: ignore[no-untyped-def]
 
     Parameters
     ----------
-    weights : array (K, rows, taps), whole blocks (`pad_to_blocks`)
+    weights : array (K, rows, taps), whole blocks (`make_blocks`)
     source, target : flat arrays of the same dtype as ``weights``
     source_starts, target_starts : int64 arrays (R,)
     taps : int64 array, whole blocks (`pad_offsets`)
     shifts : int64 array (K,)
     stride, rows, length : int
+    spare : array (ROWS, length), written where rows fill up a block; zeros, as denormal numbers would be slow
+    bias : array (rows,) or (0,)
+        What the target is before: ``bias[m]``, for K = 1, or if empty what stands there.
     """
-    # rows that fill up a block are written here; zeros, as leftovers might be denormal numbers, which are slow
-    spare = np.zeros((ROWS, min(length, LENGTH)), dtype=target.dtype)
     for r in range(source_starts.size):
         for start in range(0, length, LENGTH):
             n = min(LENGTH, length - start)
@@ -104,6 +125,11 @@ def add_products(  # type: ignore[no-untyped-def]
                     a3 = target[p3 : p3 + n] if m + 3 < rows else spare[3, :n]
                     a4 = target[p4 : p4 + n] if m + 4 < rows else spare[4, :n]
                     a5 = target[p5 : p5 + n] if m + 5 < rows else spare[5, :n]
+                    if bias.size > 0:
+                        for i in range(m, min(m + ROWS, rows)):
+                            row = target[p + (i - m) * stride :]
+                            for j in range(n):
+                                row[j] = bias[i]
                     for t in range(0, taps.size, TAPS):
                         q0, q1 = s + taps[t], s + taps[t + 1]
                         q2, q3 = s + taps[t + 2], s + taps[t + 3]
@@ -115,7 +141,7 @@ def add_products(  # type: ignore[no-untyped-def]
                         )  # fmt: skip
 
 
-@numba.njit(cache=True, error_model="numpy", nogil=True, fastmath=_FLAGS)
+@_row_block
 def _dot_block(out, y0, y1, y2, y3, y4, y5, x0, x1, x2, x3):  # type: ignore[no-untyped-def]
     """Add y @ x^T to out (ROWS, TAPS)."""
     s00 = s01 = s02 = s03 = s10 = s11 = s12 = s13 = out.dtype.type(0)
@@ -145,7 +171,7 @@ def _dot_block(out, y0, y1, y2, y3, y4, y5, x0, x1, x2, x3):  # type: ignore[no-
             out[m, t] += sums[t]
 
 
-@numba.njit(cache=True, error_model="numpy", nogil=True, fastmath=_FLAGS)
+@_kernel
 def add_dot_products(  # type: ignore[no-untyped-def]
     out, left, left_starts, stride, rows, right, right_starts, taps, length
 ):
@@ -176,38 +202,126 @@ def add_dot_products(  # type: ignore[no-untyped-def]
                     )  # fmt: skip
 
 
-@numba.njit(cache=True, error_model="numpy", nogil=True, fastmath=_FLAGS)
+@_row_block
+def _add_scaled(out, dx, y, kind, factor):  # type: ignore[no-untyped-def]
+    """Add ``factor * dx * (derivative of the activation whose output is y)``; ``kind`` is a place in `ACTIVATIONS`."""
+    one, zero = y.dtype.type(1), y.dtype.type(0)
+    if kind == 0:
+        for j in range(out.size):
+            out[j] += factor * dx[j] * (one - y[j] * y[j])
+    elif kind == 1:
+        for j in range(out.size):
+            out[j] += factor * dx[j] * (y[j] * (one - y[j]))
+    else:
+        for j in range(out.size):
+            out[j] += factor * (dx[j] if y[j] > zero else zero)
+
+
+@_kernel
+def pool_activated(y, out, rows, columns):  # type: ignore[no-untyped-def]
+    """Write to ``out`` (C, H / rows, W / columns, B) the means of ``y`` (C, H, W, B) over windows."""
+    factor = y.dtype.type(1.0 / (rows * columns))
+    for c in range(out.shape[0]):
+        for i in range(out.shape[1]):
+            for j in range(out.shape[2]):
+                mean = out[c, i, j]
+                for e in range(mean.size):
+                    mean[e] = 0
+                for k in range(rows * columns):
+                    row = y[c, i * rows + k // columns, j * columns + k % columns]
+                    for e in range(mean.size):
+                        mean[e] += factor * row[e]
+
+
+@_kernel
+def pool_tangent(dx, y, out, rows, columns, kind):  # type: ignore[no-untyped-def]
+    """Write to ``out`` the derivative of `pool_activated` along ``dx``, which is that before the activation."""
+    factor = y.dtype.type(1.0 / (rows * columns))
+    for c in range(out.shape[0]):
+        for i in range(out.shape[1]):
+            for j in range(out.shape[2]):
+                mean = out[c, i, j]
+                for e in range(mean.size):
+                    mean[e] = 0
+                for k in range(rows * columns):
+                    h, w = i * rows + k // columns, j * columns + k % columns
+                    _add_scaled(mean, dx[c, h, w], y[c, h, w], kind, factor)
+
+
+@_kernel
+def spread_pooled(dy, y, dx, rows, columns, kind):  # type: ignore[no-untyped-def]
+    """Write to ``dx`` the gradient before the activation, given that by the output of `pool_activated`."""
+    factor = y.dtype.type(1.0 / (rows * columns))
+    for c in range(dx.shape[0]):
+        for h in range(dx.shape[1]):
+            for w in range(dx.shape[2]):
+                out = dx[c, h, w]
+                for e in range(out.size):
+                    out[e] = 0
+                _add_scaled(out, dy[c, h // rows, w // columns], y[c, h, w], kind, factor)
+
+
+@_kernel
+def clear(x):  # type: ignore[no-untyped-def]
+    """Make every element of a flat array 0."""
+    for j in range(x.size):
+        x[j] = 0
+
+
+@_kernel
+def sum_rows(x, out):  # type: ignore[no-untyped-def]
+    """Write the sums of the rows of ``x`` (R, N) to ``out`` (R,)."""
+    for r in range(out.size):
+        row, total = x[r], x.dtype.type(0)
+        for j in range(row.size):
+            total += row[j]
+        out[r] = total
+
+
+@_kernel
+def multiply_by_slope(dx, y, kind):  # type: ignore[no-untyped-def]
+    """Multiply ``dx`` in place with the derivative of the activation whose output is ``y``, both flat."""
+    one, zero = y.dtype.type(1), y.dtype.type(0)
+    if kind == 0:
+        for j in range(dx.size):
+            dx[j] *= one - y[j] * y[j]
+    elif kind == 1:
+        for j in range(dx.size):
+            dx[j] *= y[j] * (one - y[j])
+    else:
+        for j in range(dx.size):
+            dx[j] = dx[j] if y[j] > zero else zero
+
+
+@_kernel
 def _tanh(x, upper, lower):  # type: ignore[no-untyped-def]
     """In place: of two arrays that may be one the compiler would make no vector code."""
-    one = x.dtype.type(1)
-    bound = x.dtype.type(_TANH_RANGE)
+    one = np.float32(1)
+    bound = np.float32(_TANH_RANGE)
     for j in range(x.size):
         v = x[j]
         v = bound if v > bound else v
         v = -bound if v < -bound else v
         z = v * v
-        p, q = upper[6], lower[6]
-        p, q = p * z + upper[5], q * z + lower[5]
-        p, q = p * z + upper[4], q * z + lower[4]
-        p, q = p * z + upper[3], q * z + lower[3]
-        p, q = p * z + upper[2], q * z + lower[2]
-        p, q = p * z + upper[1], q * z + lower[1]
-        p, q = p * z + upper[0], q * z + lower[0]
+        p, q = np.float32(upper[6]), np.float32(lower[6])
+        p, q = p * z + np.float32(upper[5]), q * z + np.float32(lower[5])
+        p, q = p * z + np.float32(upper[4]), q * z + np.float32(lower[4])
+        p, q = p * z + np.float32(upper[3]), q * z + np.float32(lower[3])
+        p, q = p * z + np.float32(upper[2]), q * z + np.float32(lower[2])
+        p, q = p * z + np.float32(upper[1]), q * z + np.float32(lower[1])
+        p, q = p * z + np.float32(upper[0]), q * z + np.float32(lower[0])
         y = v * p / q
         y = one if y > one else y
         x[j] = -one if y < -one else y
 
 
-def compute_tanh(x: Tensor, out: Tensor) -> None:
-    """Write tanh of ``x`` to ``out``, both contiguous of one shape; they may be one tensor.
+def compute_tanh(x: NDArray[Any]) -> None:
+    """Replace the elements of a contiguous array by their tanh.
 
     In float32 by a rational function, ten times as fast as torch's where its vector library has no code for the
     processor.
     """
-    if x.dtype != torch.float32:
-        torch.tanh(x, out=out)
+    if x.dtype != np.float32:
+        np.tanh(x, out=x)
         return
-    upper, lower = (np.array(c, dtype=np.float32) for c in (_TANH_UPPER, _TANH_LOWER))
-    if out is not x:
-        out.copy_(x)
-    _tanh(out.view(-1).numpy(), upper, lower)
+    _tanh(x.reshape(-1), _TANH_UPPER, _TANH_LOWER)

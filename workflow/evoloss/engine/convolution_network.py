@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from evoloss.engine.convolution_fixed_layers import (
+    ActivatedPooling,
     Activation,
     AveragePooling,
     FixedLayer,
@@ -17,19 +19,18 @@ from evoloss.engine.convolution_fixed_layers import (
     Padding,
 )
 from evoloss.engine.convolution_layers import (
-    Convolution,
-    Linear,
+    Array,
+    Products,
     Shape,
     UnsupportedLayerError,
-    WeightLayer,
 )
 
 _LAYERS: dict[type[nn.Module], tuple[Any, ...]] = {
-    nn.Conv2d: (Padding, Convolution),
+    nn.Conv2d: (Padding, Products),
     nn.AvgPool2d: (AveragePooling,),
     nn.MaxPool2d: (MaxPooling,),
     nn.Flatten: (Flatten,),
-    nn.Linear: (Linear,),
+    nn.Linear: (Products,),
     nn.Tanh: (Activation,),
     nn.ReLU: (Activation,),
     nn.Sigmoid: (Activation,),
@@ -72,62 +73,72 @@ class Network:
         If the model has a module that no layer stands for, or does not fit inputs of ``shape``.
     """
 
-    def __init__(self, model: nn.Module, shape: Shape, batch: int, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, shape: Shape, batch: int, dtype: np.dtype[Any]) -> None:
         self._input = (*shape, batch)
         self._dtype = dtype
         self._entry: list[FixedLayer] = []
-        self._layers: list[tuple[FixedLayer | WeightLayer, slice]] = []
+        self._layers: list[tuple[FixedLayer | Products, slice]] = []
         modules = list_modules(model)
         if len({id(m) for m in modules}) < len(modules):
             raise UnsupportedLayerError("a module that is used twice")
         count = 0
         for module in modules:
             _check_module(module, shape)
+            last = self._layers[-1][0] if self._layers else None
+            if (
+                isinstance(last, Activation)
+                and last.in_place
+                and ActivatedPooling.fits(module, shape)
+            ):
+                pooling = ActivatedPooling(last, module)
+                self._layers[-1] = (pooling, slice(count, count))
+                shape = pooling.shape
+                continue
             for kind in _LAYERS[type(module)]:
                 layer = kind(module, shape, batch, dtype)
                 shape = layer.shape
                 own = slice(count, count)
-                if isinstance(layer, WeightLayer):
+                if isinstance(layer, Products):
                     count += len(list(module.parameters()))
                     own = slice(own.start, count)
                 elif not self._layers:
                     self._entry.append(layer)
                     continue
                 elif isinstance(layer, Activation):
-                    layer.in_place = isinstance(self._layers[-1][0], WeightLayer)
+                    layer.in_place = isinstance(self._layers[-1][0], Products)
                 self._layers.append((layer, own))
         if len(shape) != 1:
             raise UnsupportedLayerError("outputs that are not flat")
 
-    def enter(self, x: Tensor) -> Tensor:
+    def enter(self, x: Tensor) -> Array:
         """Return what the first layer with weights gets for at most a batch of samples, zeros filling it up."""
-        inputs = torch.zeros(self._input, dtype=self._dtype)
-        inputs[..., : len(x)] = x.permute(1, 2, 3, 0)
+        inputs = np.zeros(self._input, self._dtype)
+        torch.from_numpy(inputs)[..., : len(x)] = x.permute(1, 2, 3, 0)
         for layer in self._entry:
             inputs = layer.forward(inputs)
-        return inputs.clone() if self._entry else inputs
+        return inputs.copy() if self._entry else inputs
 
-    def forward(self, params: Sequence[Tensor], entered: Tensor) -> list[Tensor]:
+    def forward(self, params: Sequence[Array], entered: Array) -> list[Array]:
         """Return all activations; the last is the output (outputs, batch)."""
         activations = [entered]
         for layer, own in self._layers:
             x = activations[-1]
-            if isinstance(layer, WeightLayer):
+            if isinstance(layer, Products):
                 activations.append(layer.forward(params[own], x))
             else:
                 activations.append(layer.forward(x))
         return activations
 
     def backward(
-        self, params: Sequence[Tensor], activations: Sequence[Tensor], upstream: Tensor
-    ) -> list[Tensor]:
+        self, params: Sequence[Array], activations: Sequence[Array], upstream: Array
+    ) -> list[Array]:
         """Return the gradients by all parameters, given that by the output, which may be overwritten."""
-        gradients: list[Tensor] = []
+        gradients: list[Array] = []
         dy = upstream
         for i in range(len(self._layers) - 1, -1, -1):
             layer, own = self._layers[i]
             x, y = activations[i : i + 2]
-            if not isinstance(layer, WeightLayer):
+            if not isinstance(layer, Products):
                 dy = layer.backward(x, y, dy)
                 continue
             gradients = layer.weight_gradients(params[own], x, dy) + gradients
@@ -136,13 +147,13 @@ class Network:
         return gradients
 
     def tangent(
-        self, params: Sequence[Tensor], activations: Sequence[Tensor], dparams: Sequence[Tensor]
-    ) -> Tensor:
+        self, params: Sequence[Array], activations: Sequence[Array], dparams: Sequence[Array]
+    ) -> Array:
         """Return the derivative of the output along ``dparams``."""
         dy = activations[0]
         for i, (layer, own) in enumerate(self._layers):
             x, y = activations[i : i + 2]
-            if not isinstance(layer, WeightLayer):
+            if not isinstance(layer, Products):
                 dy = layer.tangent(x, y, dy)
                 continue
             dx, dy = dy, layer.forward(dparams[own], x)

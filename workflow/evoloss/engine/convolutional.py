@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from evoloss.engine.convolution_layers import UnsupportedLayerError
+from evoloss.engine.convolution_layers import Array, UnsupportedLayerError
 from evoloss.engine.convolution_network import Network, list_modules
 from evoloss.engine.general import GeneralPath, GeneralState
 from evoloss.engine.optimizer import update_parameters
@@ -34,17 +35,32 @@ EVALUATION_BATCH = 128
 class ConvolutionalContext:
     """Initial parameters and activations on the inner batch, and both batches as the first layer gets them."""
 
-    params: list[Tensor]
-    activations: list[Tensor]
+    params: list[Array]
+    activations: list[Array]
     inner: Batch
     outer: Batch
-    outer_entered: Tensor
+    outer_entered: Array
 
     @property
     def nbytes(self) -> int:
         """See `evoloss.engine.path.Context`."""
-        tensors = (*self.params, *self.activations, self.outer_entered, *self.inner, *self.outer)
-        return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+        arrays = [*self.params, *self.activations, self.outer_entered]
+        arrays += [t.numpy() for t in (*self.inner, *self.outer)]
+        return sum({a.ctypes.data: a.nbytes for a in arrays}.values())
+
+
+def find_dtype(settings: TrainingSettings) -> np.dtype[Any]:
+    """Return the numpy dtype that networks train in."""
+    return torch.empty(0, dtype=settings.dtype).numpy().dtype
+
+
+def _as_arrays(params: Sequence[Tensor]) -> list[Array]:
+    return [p.numpy() for p in params]
+
+
+def _as_outputs(activation: Array) -> Tensor:
+    """Return the last activation (C, B) as the outputs (1, B, C) of one network; classes stay first in memory."""
+    return torch.from_numpy(activation).unsqueeze(0).mT
 
 
 class ConvolutionalPath:
@@ -67,7 +83,7 @@ class ConvolutionalPath:
         if task.train.x.device.type != "cpu":
             return "not on a CPU"
         try:
-            Network(model, task.input_shape, 1, settings.dtype)
+            Network(model, task.input_shape, 1, find_dtype(settings))
         except UnsupportedLayerError as error:
             return str(error)
         return None
@@ -94,7 +110,7 @@ class ConvolutionalPath:
         return lend
 
     def _make_network(self, batch: int) -> Network:
-        return Network(self.model, self.task.input_shape, batch, self.settings.dtype)
+        return Network(self.model, self.task.input_shape, batch, find_dtype(self.settings))
 
     def advance(
         self, state: GeneralState, loss: OutputLoss, x: Tensor, targets: Tensor, batches: Tensor
@@ -106,7 +122,7 @@ class ConvolutionalPath:
             entry = self._lend_networks(size)()
             steps = [(entry.enter(x[rows]), targets[rows]) for rows in chunk]
 
-            def work(network: Network, p: int, steps: list[tuple[Tensor, Tensor]] = steps) -> None:
+            def work(network: Network, p: int, steps: list[tuple[Array, Tensor]] = steps) -> None:
                 self._advance_one(network, state, p, alone[p], steps)
 
             alive = [p for p in range(loss.size) if state.alive[p]]
@@ -119,18 +135,19 @@ class ConvolutionalPath:
         state: GeneralState,
         p: int,
         loss: OutputLoss,
-        steps: Sequence[tuple[Tensor, Tensor]],
+        steps: Sequence[tuple[Array, Tensor]],
     ) -> None:
         params = state.params[p]
+        arrays = _as_arrays(params)
         for entered, targets in steps:
-            activations = network.forward(params, entered)
-            outputs = activations[-1].t().contiguous().unsqueeze(0)
-            upstream = loss.output_gradients(outputs, targets)[0]
+            activations = network.forward(arrays, entered)
+            upstream = loss.output_gradients(_as_outputs(activations[-1]), targets)
             if not bool(torch.isfinite(upstream).all()):
                 state.alive[p] = False
                 return
-            gradients = network.backward(params, activations, upstream.t().contiguous())
-            update_parameters(self.settings, params, gradients, state.optimizers[p])
+            gradients = network.backward(arrays, activations, upstream[0].t().numpy())
+            tensors = [torch.from_numpy(gradient) for gradient in gradients]
+            update_parameters(self.settings, params, tensors, state.optimizers[p])
 
     @torch.no_grad()
     def outputs(self, state: GeneralState, x: Tensor) -> Tensor:
@@ -141,13 +158,13 @@ class ConvolutionalPath:
             entry = self._lend_networks(size)()
             parts = [(entry.enter(part), len(part)) for part in torch.split(group, size)]
 
-            def work(network: Network, p: int, parts: list[tuple[Tensor, int]] = parts) -> Tensor:
-                # cloned, as the next forward pass overwrites it
+            def work(network: Network, p: int, parts: list[tuple[Array, int]] = parts) -> Tensor:
+                arrays = _as_arrays(state.params[p])
+                # copied, as the next forward pass overwrites it
                 outputs = [
-                    network.forward(state.params[p], entered)[-1].t()[:rows].clone()
-                    for entered, rows in parts
+                    network.forward(arrays, entered)[-1].T[:rows].copy() for entered, rows in parts
                 ]
-                out = torch.cat(outputs)
+                out = torch.from_numpy(np.concatenate(outputs))
                 return out if state.alive[p] else torch.full_like(out, torch.nan)
 
             everyone = range(len(state.params))
@@ -157,11 +174,14 @@ class ConvolutionalPath:
     @torch.no_grad()
     def prepare(self, model: nn.Module, inner: Batch, outer: Batch) -> ConvolutionalContext:
         """See `evoloss.engine.path.Path`."""
-        params = [p.detach() for p in model.parameters()]
+        params = _as_arrays([p.detach() for p in model.parameters()])
         # a network of its own, as the context keeps its buffers
         network = self._make_network(len(inner.x))
         activations = network.forward(params, network.enter(inner.x))
         entered = self._lend_networks(len(outer.x))().enter(outer.x)
+        inner, outer = (
+            Batch(batch.x, batch.y, batch.targets.t().contiguous().t()) for batch in (inner, outer)
+        )
         return ConvolutionalContext(params, activations, inner, outer, entered)
 
     @torch.no_grad()
@@ -171,29 +191,31 @@ class ConvolutionalPath:
         """See `evoloss.engine.path.Path`."""
         c = context
         rate = self.settings.first_step_rate
-        shrunk = torch._foreach_mul(c.params, 1.0 - rate * self.settings.weight_decay)
-        shared = c.activations[-1].t().contiguous().unsqueeze(0)
-        upstream = loss.output_gradients(shared, c.inner.targets)
+        shrink = 1.0 - rate * self.settings.weight_decay
+        shared = _as_outputs(c.activations[-1])
+        upstream = loss.output_gradients(shared, c.inner.targets).mT.numpy()
         task_loss = TaskLoss(self.task)
         values = torch.empty(loss.size, dtype=shared.dtype)
-        directions = torch.empty_like(upstream)
+        directions = np.empty_like(upstream)
         sizes = (len(c.inner.x), len(c.outer.x))
 
         def work(networks: tuple[Network, Network], p: int) -> None:
             inner, outer = networks
-            u = upstream[p].t().contiguous()
-            gradients = inner.backward(c.params, c.activations, u)
-            stepped = torch._foreach_add(shrunk, gradients, alpha=-rate)
+            stepped = inner.backward(c.params, c.activations, upstream[p].copy())
+            for gradient, param in zip(stepped, c.params, strict=True):
+                gradient *= -rate
+                gradient += shrink * param
             activations = outer.forward(stepped, c.outer_entered)
-            outputs = activations[-1].t().contiguous()
-            values[p] = self.task.compute_task_loss(outputs, c.outer.y)
-            v = task_loss.output_gradients(outputs.unsqueeze(0), c.outer.targets)[0]
-            gradients = outer.backward(stepped, activations, v.t().contiguous())
-            directions[p] = inner.tangent(c.params, c.activations, gradients).t()
+            values[p : p + 1], v = task_loss.values_and_gradients(
+                _as_outputs(activations[-1]), c.outer.targets, c.outer.y
+            )
+            gradients = outer.backward(stepped, activations, v[0].t().numpy())
+            directions[p] = inner.tangent(c.params, c.activations, gradients)
 
         lend = [self._lend_networks(size) for size in dict.fromkeys(sizes)]
         map_on_threads(lambda: _pair([make() for make in lend]), work, range(loss.size))
-        return values, -rate * loss.weight_gradients(shared, c.inner.targets, directions)
+        along = torch.from_numpy(directions).mT
+        return values, -rate * loss.weight_gradients(shared, c.inner.targets, along)
 
 
 def _pair(networks: Sequence[Network]) -> tuple[Network, Network]:
