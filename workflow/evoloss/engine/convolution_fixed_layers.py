@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -11,11 +11,8 @@ from torch import Tensor, nn
 
 from evoloss.engine.convolution_kernels import (
     ACTIVATIONS,
-    compute_tanh,
+    activate,
     multiply_by_slope,
-    pool_activated,
-    pool_tangent,
-    spread_pooled,
 )
 from evoloss.engine.convolution_layers import Array, Shape, UnsupportedLayerError
 
@@ -102,33 +99,26 @@ class Flatten:
 class Activation:
     """`nn.Tanh`, `nn.ReLU` or `nn.Sigmoid`: their derivatives are functions of the output.
 
-    ``in_place`` may be set where the layer before needs its own output no more, which saves time; ``buffer`` is then
-    free.
+    ``in_place`` may be set where the layer before needs its own output no more, which saves time.
     """
 
     def __init__(self, module: nn.Module, shape: Shape, batch: int, dtype: np.dtype[Any]) -> None:
         self.shape = shape
         self.in_place = False
-        self.kind = ACTIVATIONS.index(type(module).__name__)
-        self.buffer = np.empty((*shape, batch), dtype)
+        self._kind = ACTIVATIONS.index(type(module).__name__)
+        self._y = np.empty((*shape, batch), dtype)
 
     def forward(self, x: Array) -> Array:
         """See `FixedLayer`."""
-        y = x if self.in_place else self.buffer
+        y = x if self.in_place else self._y
         if y is not x:
             np.copyto(y, x)
-        name = ACTIVATIONS[self.kind]
-        if name == "Tanh":
-            compute_tanh(y)
-        elif name == "Sigmoid":
-            torch.from_numpy(y).sigmoid_()
-        else:
-            torch.from_numpy(y).clamp_min_(0.0)
+        activate(y.reshape(-1), self._kind)
         return y
 
     def backward(self, x: Array, y: Array, dy: Array) -> Array:
         """See `FixedLayer`."""
-        multiply_by_slope(dy.reshape(-1), y.reshape(-1), self.kind)
+        multiply_by_slope(dy.reshape(-1), y.reshape(-1), self._kind)
         return dy
 
     def tangent(self, x: Array, y: Array, dx: Array) -> Array:
@@ -174,45 +164,6 @@ class AveragePooling:
     def tangent(self, x: Array, y: Array, dx: Array) -> Array:
         """See `FixedLayer`."""
         return self.forward(dx)
-
-
-class ActivatedPooling:
-    """An activation that works in place and the `nn.AvgPool2d` after it: one pass through the memory of the images.
-
-    For windows that tile the images. ``x`` is the activation's output after `forward`.
-    """
-
-    def __init__(self, activation: Activation, pool: nn.AvgPool2d) -> None:
-        self._activation = activation
-        self._rows, self._columns = _pair(pool.kernel_size)
-        self._dx = activation.buffer
-        channels, height, width = activation.shape
-        self.shape: Shape = (channels, height // self._rows, width // self._columns)
-        self._y = np.empty((*self.shape, self._dx.shape[-1]), self._dx.dtype)
-
-    @staticmethod
-    def fits(pool: nn.Module, shape: Shape) -> TypeGuard[nn.AvgPool2d]:
-        """Tell whether ``pool`` takes means over windows that tile images of ``shape``."""
-        if type(pool) is not nn.AvgPool2d or pool.divisor_override is not None:
-            return False
-        window = _pair(pool.kernel_size)
-        tiles = shape[1] % window[0] == 0 and shape[2] % window[1] == 0
-        return tiles and _pair(pool.stride) == window and _pair(pool.padding) == [0, 0]
-
-    def forward(self, x: Array) -> Array:
-        """See `FixedLayer`."""
-        pool_activated(self._activation.forward(x), self._y, self._rows, self._columns)
-        return self._y
-
-    def backward(self, x: Array, y: Array, dy: Array) -> Array:
-        """See `FixedLayer`."""
-        spread_pooled(dy, x, self._dx, self._rows, self._columns, self._activation.kind)
-        return self._dx
-
-    def tangent(self, x: Array, y: Array, dx: Array) -> Array:
-        """See `FixedLayer`."""
-        pool_tangent(dx, x, self._y, self._rows, self._columns, self._activation.kind)
-        return self._y
 
 
 class MaxPooling:

@@ -17,14 +17,22 @@ from numpy.typing import NDArray
 from torch import nn
 
 from evoloss.engine.convolution_kernels import (
+    ACTIVATIONS,
     LENGTH,
     ROWS,
     add_dot_products,
-    add_products,
     clear,
     make_blocks,
+    make_sums,
+    multiply_rows,
     pad_offsets,
+    scatter_rows,
     sum_rows,
+)
+from evoloss.engine.convolution_pooled_kernels import (
+    convolve_and_pool,
+    pool_backward,
+    pool_tangent,
 )
 
 Array = NDArray[Any]
@@ -41,9 +49,7 @@ class Products:
     ``params`` are the weight and, perhaps, the bias.
     """
 
-    def __init__(
-        self, module: nn.Conv2d | nn.Linear, shape: Shape, batch: int, dtype: np.dtype[Any]
-    ) -> None:
+    def __init__(self, module: nn.Module, shape: Shape, batch: int, dtype: np.dtype[Any]) -> None:
         if isinstance(module, nn.Conv2d):
             channels, height, width = shape
             (rows, columns), (down, right) = module.kernel_size, module.stride
@@ -52,6 +58,7 @@ class Products:
                 raise UnsupportedLayerError("images smaller than a kernel")
             self.shape: Shape = out
         else:
+            assert isinstance(module, nn.Linear)
             if shape != (module.in_features,):
                 raise UnsupportedLayerError(f"a linear layer on inputs {shape}")
             channels, height, width = module.in_features, 1, 1
@@ -66,7 +73,7 @@ class Products:
         self._x_rows = ((y * down * width + x * right) * batch).ravel()
         self._y_rows = ((y * pieces + x) * self._length).ravel()
         shifts = (np.arange(rows)[:, None] * width + np.arange(columns)) * batch
-        self._shifts, self._no_shift = shifts.ravel(), np.zeros(1, dtype=np.int64)
+        self._shifts = shifts.ravel()
         taps = np.arange(channels)[:, None] * self._x_stride + self._shifts
         self._x_taps = pad_offsets(taps.ravel())
         self._y_taps = pad_offsets(np.arange(out[0]) * self._y_stride)
@@ -74,7 +81,8 @@ class Products:
         self._dx = np.empty((*shape, batch), dtype)
         self._spare = np.zeros((ROWS, min(self._length, LENGTH)), dtype)
         self._keep, self._no_bias = np.empty(0, dtype), np.zeros(out[0], dtype)
-        self._weights = make_blocks(1, out[0], channels * rows * columns, dtype=dtype)
+        self._sums = make_sums(dtype)
+        self._weights = make_blocks(out[0], channels * rows * columns, dtype=dtype)
         self._transposed = make_blocks(rows * columns, channels, out[0], dtype=dtype)
         self._gradient = make_blocks(out[0], channels * rows * columns, dtype=dtype)
 
@@ -82,49 +90,161 @@ class Products:
         """Return the output ``y`` for the input ``x``."""
         return self._add_products(params[0], x, params[1] if len(params) == 2 else self._no_bias)
 
-    def add_linear(self, params: Sequence[Array], dx: Array) -> Array:
-        """Add the product of the weight alone with ``dx`` to the last output and return that."""
-        return self._add_products(params[0], dx, self._keep)
+    def _load(self, weight: Array) -> Array:
+        """Return the weight in whole blocks."""
+        self._weights[: len(weight), : weight[0].size] = weight.reshape(len(weight), -1)
+        return self._weights
+
+    def _load_transposed(self, weight: Array) -> Array:
+        out, channels = weight.shape[:2]
+        taps = weight.reshape(out, channels, -1).transpose(2, 1, 0)
+        self._transposed[:, :channels, :out] = taps
+        return self._transposed
 
     def _add_products(self, weight: Array, x: Array, bias: Array) -> Array:
         rows = len(weight)
-        weight = weight.reshape(rows, -1)
-        self._weights[0, :rows, : weight.shape[1]] = weight
-        add_products(
-            self._weights,
+        multiply_rows(
+            self._load(weight),
             *(x.reshape(-1), self._x_rows, self._x_taps),
-            *(self._y.reshape(-1), self._y_rows, self._no_shift, self._y_stride),
-            *(rows, self._length, self._spare, bias),
+            *(self._y.reshape(-1), self._y_rows, self._y_stride),
+            *(rows, self._length, self._sums, bias),
         )
         return self._y
 
-    def backward(self, params: Sequence[Array], dy: Array) -> Array:
-        """Return the gradient by ``x``, given that by ``y``."""
-        taps = len(self._shifts)
-        out, channels = params[0].shape[:2]
-        weight = params[0].reshape(out, channels, taps).transpose(2, 1, 0)
-        self._transposed[:, :channels, :out] = weight
-        clear(self._dx.reshape(-1))
-        add_products(
-            self._transposed,
-            *(dy.reshape(-1), self._y_rows, self._y_taps),
-            *(self._dx.reshape(-1), self._x_rows, self._shifts, self._x_stride),
-            *(channels, self._length, self._spare, self._keep),
-        )
-        return self._dx
-
-    def weight_gradients(self, params: Sequence[Array], x: Array, dy: Array) -> list[Array]:
-        """Return the gradients by ``params``."""
+    def backward(
+        self, params: Sequence[Array], x: Array, y: Array, dy: Array, wants_dx: bool
+    ) -> tuple[list[Array], Array]:
+        """Return the gradients by ``params`` and, if it is wanted, by ``x``, given that by ``y``."""
         rows = len(params[0])
-        taps = params[0].size // rows
         self._gradient.fill(0.0)
         add_dot_products(
             self._gradient,
             *(dy.reshape(-1), self._y_rows, self._y_stride, rows),
             *(x.reshape(-1), self._x_rows, self._x_taps, self._length),
         )
-        gradients = [self._gradient[:rows, :taps].copy().reshape(params[0].shape)]
-        if len(params) == 2:
-            gradients.append(np.empty_like(params[1]))
-            sum_rows(dy.reshape(rows, -1), gradients[1])
-        return gradients
+        bias_gradient = np.empty(rows, dy.dtype)
+        sum_rows(dy.reshape(rows, -1), bias_gradient)
+        if wants_dx:
+            clear(self._dx.reshape(-1))
+            scatter_rows(
+                self._load_transposed(params[0]),
+                *(dy.reshape(-1), self._y_rows, self._y_taps),
+                *(self._dx.reshape(-1), self._x_rows, self._shifts, self._x_stride),
+                *(len(self._dx), self._length, self._spare),
+            )
+        return self._take_gradients(params, bias_gradient), self._dx
+
+    def _take_gradients(self, params: Sequence[Array], bias_gradient: Array) -> list[Array]:
+        rows = len(params[0])
+        gradient = self._gradient[:rows, : params[0][0].size].copy()
+        return [gradient.reshape(params[0].shape), bias_gradient][: len(params)]
+
+    def tangent(
+        self,
+        params: Sequence[Array],
+        dparams: Sequence[Array],
+        x: Array,
+        y: Array,
+        dx: Array | None,
+    ) -> Array:
+        """Return the derivative of ``y`` along ``dparams`` and, unless ``x`` is constant, ``dx``."""
+        dy = self.forward(dparams, x)
+        return dy if dx is None else self._add_products(params[0], dx, self._keep)
+
+
+class PooledConvolution(Products):
+    """`nn.Conv2d`, an activation and `nn.AvgPool2d` in one: every image row stays in the cache from start to end.
+
+    For windows that tile the images and kernels without a stride between columns. Its output is that of the activation
+    *and* that of the pooling.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[Any],
+        shape: Shape,
+        batch: int,
+        dtype: np.dtype[Any],
+    ) -> None:
+        super().__init__(modules[0], shape, batch, dtype)
+        rows, columns = find_window(modules[2])
+        channels, height, width = self.shape
+        self._kind = ACTIVATIONS.index(type(modules[1]).__name__)
+        self._window = (rows, columns, batch)
+        self.shape = (channels, height // rows, width // columns)
+        self._pooled = np.empty((*self.shape, batch), dtype)
+        self._row = np.empty((channels, self._length), dtype)
+        self._row_taps = pad_offsets(np.arange(channels) * self._length)
+
+    @staticmethod
+    def fits(modules: Sequence[nn.Module], shape: Shape) -> bool:
+        """Tell whether images of ``shape``, already padded, go through these modules in this way."""
+        kinds = [type(module) for module in modules]
+        if len(kinds) < 3 or kinds[0] is not nn.Conv2d or kinds[2] is not nn.AvgPool2d:
+            return False
+        convolution, activation, pool = modules[:3]
+        assert isinstance(convolution, nn.Conv2d)
+        assert isinstance(pool, nn.AvgPool2d)
+        rows, columns = find_window(pool)
+        height = (shape[1] - convolution.kernel_size[0]) // convolution.stride[0] + 1
+        width = shape[2] - convolution.kernel_size[1] + 1
+        return (
+            type(activation).__name__ in ACTIVATIONS
+            and convolution.stride[1] == 1
+            and pool.divisor_override is None
+            and pool.padding in (0, (0, 0))
+            and pool.stride in (pool.kernel_size, (rows, columns))
+            and height % rows == width % columns == 0
+        )
+
+    def _in_rows(self, array: Array) -> Array:
+        return array.reshape(*array.shape[:2], -1)
+
+    def forward_all(self, params: Sequence[Array], x: Array) -> tuple[Array, Array]:
+        """Return the activation's and the pooling's output."""
+        convolve_and_pool(
+            *(self._load(params[0]), x.reshape(-1), self._x_rows, self._x_taps),
+            *(self._in_rows(self._y), self._in_rows(self._pooled), self._window, self._kind),
+            *(self._sums, params[1] if len(params) == 2 else self._no_bias),
+        )
+        return self._y, self._pooled
+
+    def backward(
+        self, params: Sequence[Array], x: Array, y: Array, dy: Array, wants_dx: bool
+    ) -> tuple[list[Array], Array]:
+        """See `Products`; ``y`` is the activation's output, ``dy`` the gradient by the pooling's."""
+        self._gradient.fill(0.0)
+        bias_gradient = np.zeros(len(params[0]), dy.dtype)
+        dx = self._dx.reshape(-1) if wants_dx else self._keep
+        clear(dx)
+        pool_backward(
+            *(self._in_rows(dy), self._in_rows(y), self._window, self._kind, self._row),
+            *(self._gradient, bias_gradient, x.reshape(-1), self._x_rows, self._x_taps),
+            *(self._load_transposed(params[0]), self._row_taps, dx, self._shifts, self._x_stride),
+            *(len(self._dx), self._spare),
+        )
+        return self._take_gradients(params, bias_gradient), self._dx
+
+    def tangent(
+        self,
+        params: Sequence[Array],
+        dparams: Sequence[Array],
+        x: Array,
+        y: Array,
+        dx: Array | None,
+    ) -> Array:
+        """See `Products`; ``y`` is the activation's output, the result is the pooling's."""
+        dweights = self._load(dparams[0]).copy()
+        pool_tangent(
+            *(dweights, x.reshape(-1), self._load(params[0])),
+            *(self._keep if dx is None else dx.reshape(-1), self._x_rows, self._x_taps),
+            *(self._in_rows(y), self._in_rows(self._pooled), self._window, self._kind, self._row),
+            *(self._sums, dparams[1] if len(params) == 2 else self._no_bias, self._keep),
+        )
+        return self._pooled
+
+
+def find_window(pool: nn.AvgPool2d) -> tuple[int, int]:
+    """Return the rows and columns of the windows."""
+    size = pool.kernel_size
+    return size if isinstance(size, tuple) else (size, size)

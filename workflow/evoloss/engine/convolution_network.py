@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from evoloss.engine.convolution_fixed_layers import (
-    ActivatedPooling,
     Activation,
     AveragePooling,
     FixedLayer,
@@ -20,6 +19,7 @@ from evoloss.engine.convolution_fixed_layers import (
 )
 from evoloss.engine.convolution_layers import (
     Array,
+    PooledConvolution,
     Products,
     Shape,
     UnsupportedLayerError,
@@ -82,31 +82,31 @@ class Network:
         if len({id(m) for m in modules}) < len(modules):
             raise UnsupportedLayerError("a module that is used twice")
         count = 0
-        for module in modules:
+        while modules:
+            module = modules[0]
             _check_module(module, shape)
-            last = self._layers[-1][0] if self._layers else None
-            if (
-                isinstance(last, Activation)
-                and last.in_place
-                and ActivatedPooling.fits(module, shape)
-            ):
-                pooling = ActivatedPooling(last, module)
-                self._layers[-1] = (pooling, slice(count, count))
-                shape = pooling.shape
-                continue
             for kind in _LAYERS[type(module)]:
-                layer = kind(module, shape, batch, dtype)
-                shape = layer.shape
+                used = 1
                 own = slice(count, count)
-                if isinstance(layer, Products):
+                layer: FixedLayer | Products
+                if kind is not Products:
+                    layer = kind(module, shape, batch, dtype)
+                else:
                     count += len(list(module.parameters()))
                     own = slice(own.start, count)
-                elif not self._layers:
+                    if PooledConvolution.fits(modules, shape):
+                        used = 3
+                        layer = PooledConvolution(modules[:3], shape, batch, dtype)
+                    else:
+                        layer = Products(module, shape, batch, dtype)
+                shape = layer.shape
+                if not self._layers and not isinstance(layer, Products):
                     self._entry.append(layer)
                     continue
-                elif isinstance(layer, Activation):
+                if isinstance(layer, Activation):
                     layer.in_place = isinstance(self._layers[-1][0], Products)
                 self._layers.append((layer, own))
+            modules = modules[used:]
         if len(shape) != 1:
             raise UnsupportedLayerError("outputs that are not flat")
 
@@ -123,11 +123,23 @@ class Network:
         activations = [entered]
         for layer, own in self._layers:
             x = activations[-1]
-            if isinstance(layer, Products):
+            if isinstance(layer, PooledConvolution):
+                activations += layer.forward_all(params[own], x)
+            elif isinstance(layer, Products):
                 activations.append(layer.forward(params[own], x))
             else:
                 activations.append(layer.forward(x))
         return activations
+
+    def _walk(
+        self, activations: Sequence[Array]
+    ) -> list[tuple[FixedLayer | Products, slice, Array, Array]]:
+        """Return all layers with their parameters' places, inputs, and (first) outputs."""
+        place, walk = 0, []
+        for layer, own in self._layers:
+            walk.append((layer, own, activations[place], activations[place + 1]))
+            place += 2 if isinstance(layer, PooledConvolution) else 1
+        return walk
 
     def backward(
         self, params: Sequence[Array], activations: Sequence[Array], upstream: Array
@@ -135,15 +147,12 @@ class Network:
         """Return the gradients by all parameters, given that by the output, which may be overwritten."""
         gradients: list[Array] = []
         dy = upstream
-        for i in range(len(self._layers) - 1, -1, -1):
-            layer, own = self._layers[i]
-            x, y = activations[i : i + 2]
-            if not isinstance(layer, Products):
+        for layer, own, x, y in reversed(self._walk(activations)):
+            if isinstance(layer, Products):
+                own_gradients, dy = layer.backward(params[own], x, y, dy, own.start > 0)
+                gradients = own_gradients + gradients
+            else:
                 dy = layer.backward(x, y, dy)
-                continue
-            gradients = layer.weight_gradients(params[own], x, dy) + gradients
-            if i > 0:
-                dy = layer.backward(params[own], dy)
         return gradients
 
     def tangent(
@@ -151,12 +160,10 @@ class Network:
     ) -> Array:
         """Return the derivative of the output along ``dparams``."""
         dy = activations[0]
-        for i, (layer, own) in enumerate(self._layers):
-            x, y = activations[i : i + 2]
-            if not isinstance(layer, Products):
+        for layer, own, x, y in self._walk(activations):
+            if isinstance(layer, Products):
+                dx = dy if own.start > 0 else None
+                dy = layer.tangent(params[own], dparams[own], x, y, dx)
+            else:
                 dy = layer.tangent(x, y, dy)
-                continue
-            dx, dy = dy, layer.forward(dparams[own], x)
-            if i > 0:
-                dy = layer.add_linear(params[own], dx)
         return dy

@@ -1,0 +1,109 @@
+"""Kernels for convolution, activation and average pooling in one: an image row at a time, while it is in the cache.
+
+All three share arguments. ``window`` is (rows, columns, batch); ``kind`` a place in `ACTIVATIONS`; ``y`` (C, H, W * B)
+the activation's output; ``pooled`` (C, H / rows, W / columns * B) that of the pooling; ``row`` (C, W * B) is
+overwritten. The others are as `evoloss.engine.convolution_kernels` takes them.
+"""
+
+from __future__ import annotations
+
+from evoloss.engine.convolution_kernels import (
+    _dot_row,
+    _kernel,
+    _multiply_row,
+    _row_block,
+    _scatter_row,
+    activate_row,
+    slope_row,
+)
+
+
+@_row_block
+def _pool_row(out, x, columns, batch, factor):  # type: ignore[no-untyped-def]
+    """Add to ``out`` (W / columns * B,) ``factor`` times the sums of ``columns`` neighbours in ``x`` (W * B,)."""
+    for j in range(out.size // batch):
+        target = out[j * batch : (j + 1) * batch]
+        for k in range(columns):
+            source = x[(j * columns + k) * batch : (j * columns + k + 1) * batch]
+            for e in range(batch):
+                target[e] += factor * source[e]
+
+
+@_row_block
+def _clear_row(x):  # type: ignore[no-untyped-def]
+    for j in range(x.size):
+        x[j] = 0
+
+
+@_kernel
+def convolve_and_pool(weights, x, x_starts, taps, y, pooled, window, kind, sums, bias):  # type: ignore[no-untyped-def]
+    """Write ``y`` and ``pooled``."""
+    rows, columns, batch = window
+    channels, height, length = y.shape
+    factor = y.dtype.type(1.0 / (rows * columns))
+    flat = y.reshape(-1)
+    for h in range(height):
+        _multiply_row(
+            weights, x, x_starts[h], taps,
+            flat, h * length, height * length, channels, length, sums, bias,
+        )  # fmt: skip
+        for c in range(channels):
+            activate_row(y[c, h], kind)
+            if h % rows == 0:
+                _clear_row(pooled[c, h // rows])
+            _pool_row(pooled[c, h // rows], y[c, h], columns, batch, factor)
+
+
+@_kernel
+def pool_tangent(  # type: ignore[no-untyped-def]
+    dweights, x, weights, dx, x_starts, taps, y, pooled, window, kind, row, sums, dbias, keep
+):
+    """Write to ``pooled`` its derivative along ``dweights``, ``dbias`` and, if not empty, ``dx``."""
+    rows, columns, batch = window
+    channels, height, length = y.shape
+    factor, one = y.dtype.type(1.0 / (rows * columns)), y.dtype.type(1)
+    flat = row.reshape(-1)
+    for h in range(height):
+        start = x_starts[h]
+        _multiply_row(
+            dweights, x, start, taps, flat, 0, length, channels, length, sums, dbias
+        )  # fmt: skip
+        if dx.size > 0:
+            _multiply_row(
+                weights, dx, start, taps, flat, 0, length, channels, length, sums, keep
+            )  # fmt: skip
+        for c in range(channels):
+            slope_row(row[c], y[c, h], kind, factor)
+            if h % rows == 0:
+                _clear_row(pooled[c, h // rows])
+            _pool_row(pooled[c, h // rows], row[c], columns, batch, one)
+
+
+@_kernel
+def pool_backward(  # type: ignore[no-untyped-def]
+    dy, y, window, kind, row, gradient, bias_gradient, x, x_starts, x_taps,
+    transposed, row_taps, dx, shifts, x_stride, x_channels, spare,
+):  # fmt: skip
+    """Add the gradients by weight and bias and, if not empty, by ``x`` (to ``dx``); ``dy`` is that by ``pooled``."""
+    rows, columns, batch = window
+    channels, height, length = y.shape
+    factor = y.dtype.type(1.0 / (rows * columns))
+    flat = row.reshape(-1)
+    for h in range(height):
+        for c in range(channels):
+            out, upstream = row[c], dy[c, h // rows]
+            for w in range(length // batch):
+                source = upstream[w // columns * batch : (w // columns + 1) * batch]
+                target = out[w * batch : (w + 1) * batch]
+                for e in range(batch):
+                    target[e] = source[e]
+            slope_row(out, y[c, h], kind, factor)
+            total = y.dtype.type(0)
+            for j in range(length):
+                total += out[j]
+            bias_gradient[c] += total
+        _dot_row(gradient, flat, 0, length, channels, x, x_starts[h], x_taps, length)
+        if dx.size > 0:
+            _scatter_row(
+                transposed, flat, 0, row_taps, dx, x_starts[h], shifts, x_stride, x_channels, length, spare
+            )  # fmt: skip
