@@ -75,6 +75,35 @@ def _overload_log(x):  # type: ignore[no-untyped-def]
     return log32
 
 
+def exp(x: Any) -> Any:
+    """Exponential of a number <= 0; in float32 a polynomial that LLVM vectorises, within 2 ulp, and 0 below 1e-37."""
+    return np.exp(x)
+
+
+@overload(exp)
+def _overload_exp(x):  # type: ignore[no-untyped-def]
+    if x != numba.float32:
+        return lambda x: np.exp(x)
+
+    def exp32(x):  # type: ignore[no-untyped-def]
+        # Cephes expf
+        least = np.float32(-87)
+        v = x if x > least else least
+        k = np.floor(v * np.float32(1.44269504) + np.float32(0.5))
+        r = v - k * np.float32(0.693359375) + k * np.float32(2.12194440e-4)
+        e = np.float32(1.9875691500e-4) * r + np.float32(1.3981999507e-3)
+        e = e * r + np.float32(8.3334519073e-3)
+        e = e * r + np.float32(4.1665795894e-2)
+        e = e * r + np.float32(1.6666665459e-1)
+        e = e * r + np.float32(5.0000001201e-1)
+        power = np.int32((np.int32(k) + np.int32(127)) << np.int32(23)).view(np.float32)
+        y = (e * r * r + r + np.float32(1)) * power
+        y = y if x > least else np.float32(0)
+        return y if x == x else x
+
+    return exp32
+
+
 def tanh(x: Any) -> Any:
     """Hyperbolic tangent; in float32 polynomials that LLVM vectorises, within 2 ulp."""
     return np.tanh(x)

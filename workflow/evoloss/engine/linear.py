@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from evoloss.engine.optimizer import OptimizerState, update_parameters
-from evoloss.engine.population_loss import OutputLoss, PopulationLoss, TaskLoss
+from evoloss.engine.population_loss import OutputLoss, PopulationLoss, TaskLoss, activate
+from evoloss.engine.products import product
 from evoloss.engine.settings import TrainingSettings
 from evoloss.engine.streams import Batch
 from evoloss.engine.threads import map_on_threads
@@ -53,12 +54,12 @@ class LinearState:
 
 @dataclass(frozen=True)
 class LinearContext:
-    """Outputs at the initial parameters on the inner (1, B, C) and outer batch (C, V), and K (V, B).
+    """Predictions on the inner (1, B, C) and outputs on the outer batch (C, V) at the initial parameters, and K (V, B).
 
-    Inner outputs and all targets are transposes of contiguous tensors with the classes first.
+    Inner predictions and all targets are transposes of contiguous tensors with the classes first.
     """
 
-    inner_outputs: Tensor
+    inner_predictions: Tensor
     outer_outputs: Tensor
     gram: Tensor
     inner_targets: Tensor
@@ -180,7 +181,7 @@ class LinearPath:
         shrink = 1.0 - self.settings.first_step_rate * self.settings.weight_decay
         column = bias.unsqueeze(1)
         return LinearContext(
-            torch.addmm(column, weight, x_in.t()).t().unsqueeze(0),
+            activate(self.task, torch.addmm(column, weight, x_in.t()).t().unsqueeze(0)),
             shrink * torch.addmm(column, weight, x_out.t()),
             # once per meta-step and for all candidates: summed in float64, ten times closer
             (torch.mm(x_out.double(), x_in.double().t()) + 1.0).to(x_in.dtype),
@@ -199,13 +200,12 @@ class LinearPath:
         """See `evoloss.engine.path.Path`."""
         c = context
         rate = self.settings.first_step_rate
-        upstream = loss.output_gradients(c.inner_outputs, c.inner_targets).mT
-        stepped = torch.empty(
-            (loss.size, *c.outer_outputs.shape), dtype=upstream.dtype, device=upstream.device
-        ).copy_(c.outer_outputs)
-        stepped.flatten(0, 1).addmm_(upstream.flatten(0, 1), c.gram.t(), alpha=-rate)
+        upstream = loss.output_gradients_at(c.inner_predictions, c.inner_targets).mT
+        steps = product(upstream.flatten(0, 1), c.gram.t()).view(loss.size, *c.outer_outputs.shape)
+        stepped = torch.add(c.outer_outputs, steps, alpha=-rate)
         values, outer_upstream = TaskLoss(self.task).values_and_gradients(
             stepped.mT, c.outer_targets, c.outer_y
         )
-        directions = torch.mm(outer_upstream.mT.flatten(0, 1), c.gram).view_as(upstream).mT
-        return values, -rate * loss.weight_gradients(c.inner_outputs, c.inner_targets, directions)
+        directions = product(outer_upstream.mT.flatten(0, 1), c.gram).view_as(upstream).mT
+        gradient = loss.weight_gradients_at(c.inner_predictions, c.inner_targets, directions)
+        return values, -rate * gradient

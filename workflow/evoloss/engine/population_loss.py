@@ -16,6 +16,7 @@ from torch import Tensor
 
 from evoloss.engine.device_losses import copy_programs
 from evoloss.engine.kernels import loss_gradients, mixed_gradients, pack_programs
+from evoloss.engine.softmax_kernels import cross_entropy, multiply_by_jacobian
 from evoloss.expressions import Program, evaluate_program
 from evoloss.tasks import Task
 
@@ -80,6 +81,9 @@ class TaskLoss:
             or not has_classes_first(outputs)
         ):
             return self.task.compute_task_loss(outputs, y), self.output_gradients(outputs, targets)
+        if outputs.device.type == "cpu":
+            found = cross_entropy(outputs.mT.numpy(), targets.t().contiguous().numpy())
+            return torch.from_numpy(found[0]), torch.from_numpy(found[1]).mT
         log_p = outputs.mT.log_softmax(-2)
         chosen = log_p.gather(-2, y.expand(len(outputs), 1, -1))
         return -chosen.flatten(1).mean(-1), self._scale(log_p.exp_().mT - targets)
@@ -89,13 +93,25 @@ class TaskLoss:
         return TaskLoss(self.task, len(keep))
 
 
-def activation_backward(task: Task, predictions: Tensor, upstream: Tensor) -> Tensor:
-    """Multiply ``upstream`` with the activation's Jacobian at ``predictions``, both (..., B, C); it is symmetric."""
+def activation_backward(
+    task: Task, predictions: Tensor, upstream: Tensor, factor: float = 1.0
+) -> Tensor:
+    """Return ``factor * upstream`` times the activation's Jacobian at ``predictions``; it is symmetric.
+
+    ``upstream`` (P, B, C), ``predictions`` (P or 1, B, C) -> (P, B, C).
+    """
     if task.kind == "regression":
-        return upstream
+        return upstream * factor
     if task.num_outputs == 1:
-        return upstream * predictions * (1.0 - predictions)
-    weighted = upstream * predictions
+        return upstream * (factor * predictions * (1.0 - predictions))
+    if (
+        predictions.device.type == "cpu"
+        and has_classes_first(predictions)
+        and upstream.mT.is_contiguous()
+    ):
+        found = multiply_by_jacobian(predictions.mT.numpy(), upstream.mT.numpy(), factor)
+        return torch.from_numpy(found).mT
+    weighted = upstream * predictions * factor
     return weighted.addcmul_(predictions, weighted.sum(-1, keepdim=True), value=-1.0)
 
 
@@ -170,9 +186,12 @@ class PopulationLoss:
 
     def output_gradients(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """See `OutputLoss`."""
-        predictions = activate(self.task, outputs.detach())
-        gradient = self.prediction_gradients(predictions, targets).mul_(self._mean_factor(targets))
-        return activation_backward(self.task, predictions, gradient)
+        return self.output_gradients_at(activate(self.task, outputs.detach()), targets)
+
+    def output_gradients_at(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        """Do the same for outputs whose `activate` is known: ``predictions`` (P or 1, B, C)."""
+        gradient = self.prediction_gradients(predictions, targets)
+        return activation_backward(self.task, predictions, gradient, self._mean_factor(targets))
 
     def weight_gradients(
         self, outputs: Tensor, targets: Tensor, direction: Tensor
@@ -181,11 +200,17 @@ class PopulationLoss:
 
         ``outputs`` (P or 1, B, C), ``targets`` (B, C), ``direction`` (P, B, C), e.g. the Jacobian-vector product J g.
         """
-        predictions = activate(self.task, outputs.detach())
-        u = activation_backward(self.task, predictions, direction) * self._mean_factor(targets)
-        if outputs.device.type == "cpu":
+        return self.weight_gradients_at(activate(self.task, outputs.detach()), targets, direction)
+
+    def weight_gradients_at(
+        self, predictions: Tensor, targets: Tensor, direction: Tensor
+    ) -> NDArray[np.float64]:
+        """Do the same for outputs whose `activate` is known: ``predictions`` (P or 1, B, C)."""
+        factor = self._mean_factor(targets)
+        u = activation_backward(self.task, predictions, direction, factor)
+        if predictions.device.type == "cpu":
             return self.weight_gradients_by_kernel(predictions, targets, u)
-        programs = self._device_programs(outputs.device)
+        programs = self._device_programs(predictions.device)
         if programs is None:
             return self.weight_gradients_by_autograd(predictions, targets, u)
         gradient = programs.mixed_gradients(
