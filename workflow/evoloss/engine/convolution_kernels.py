@@ -31,11 +31,11 @@ SUM_STRIDE = SUM_LENGTH + 16
 images may."""
 _FLAGS = {"contract", "reassoc"}
 
-_row_block = numba.njit(
+row_block = numba.njit(
     error_model="numpy", pipeline_class=RowCompiler, forceinline=True, fastmath=_FLAGS
 )
 _row = numba.njit(error_model="numpy", pipeline_class=RowCompiler, fastmath=_FLAGS)
-_kernel = numba.njit(
+product_kernel = numba.njit(
     error_model="numpy", pipeline_class=RowCompiler, nogil=True, cache=True, fastmath=_FLAGS
 )
 
@@ -56,7 +56,7 @@ def pad_offsets(taps: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.pad(taps, (0, -len(taps) % TAPS), mode="edge")
 
 
-@_row_block
+@row_block
 def _add_block(w, a0, a1, a2, a3, a4, a5, x0, x1, x2, x3):  # type: ignore[no-untyped-def]
     """Add w (ROWS, TAPS) @ x to the rows a."""
     # named, as the compiler cannot know that writing a leaves w alone
@@ -77,7 +77,7 @@ def _add_block(w, a0, a1, a2, a3, a4, a5, x0, x1, x2, x3):  # type: ignore[no-un
 
 
 @_row
-def _multiply_row(  # type: ignore[no-untyped-def]
+def multiply_row(  # type: ignore[no-untyped-def]
     weights, source, source_start, taps, target, target_start, stride, rows, length, sums, bias
 ):
     """Do what `multiply_rows` does, for one row."""
@@ -112,7 +112,7 @@ def _multiply_row(  # type: ignore[no-untyped-def]
                     row[j] = total[j]
 
 
-@_kernel
+@product_kernel
 def multiply_rows(  # type: ignore[no-untyped-def]
     weights, source, source_starts, taps, target, target_starts, stride, rows, length, sums, bias
 ):
@@ -133,14 +133,14 @@ def multiply_rows(  # type: ignore[no-untyped-def]
         If empty, the sum is added to what stands in ``target``.
     """
     for r in range(source_starts.size):
-        _multiply_row(
+        multiply_row(
             weights, source, source_starts[r], taps,
             target, target_starts[r], stride, rows, length, sums, bias,
         )  # fmt: skip
 
 
 @_row
-def _scatter_row(  # type: ignore[no-untyped-def]
+def scatter_row(  # type: ignore[no-untyped-def]
     weights, source, source_start, taps, target, target_start, shifts, stride, rows, length, spare
 ):
     """Do what `scatter_rows` does, for one row."""
@@ -169,7 +169,7 @@ def _scatter_row(  # type: ignore[no-untyped-def]
                     )  # fmt: skip
 
 
-@_kernel
+@product_kernel
 def scatter_rows(  # type: ignore[no-untyped-def]
     weights, source, source_starts, taps, target, target_starts, shifts, stride, rows, length, spare
 ):
@@ -185,13 +185,13 @@ def scatter_rows(  # type: ignore[no-untyped-def]
     spare : array (ROWS, length), written where rows fill up a block; zeros, as denormal numbers would be slow
     """
     for r in range(source_starts.size):
-        _scatter_row(
+        scatter_row(
             weights, source, source_starts[r], taps,
             target, target_starts[r], shifts, stride, rows, length, spare,
         )  # fmt: skip
 
 
-@_row_block
+@row_block
 def _dot_block(out, y0, y1, y2, y3, y4, y5, x0, x1, x2, x3):  # type: ignore[no-untyped-def]
     """Add y @ x^T to out (ROWS, TAPS)."""
     s00 = s01 = s02 = s03 = s10 = s11 = s12 = s13 = out.dtype.type(0)
@@ -222,7 +222,7 @@ def _dot_block(out, y0, y1, y2, y3, y4, y5, x0, x1, x2, x3):  # type: ignore[no-
 
 
 @_row
-def _dot_row(out, left, left_start, stride, rows, right, right_start, taps, length):  # type: ignore[no-untyped-def]
+def dot_row(out, left, left_start, stride, rows, right, right_start, taps, length):  # type: ignore[no-untyped-def]
     """Do what `add_dot_products` does, for one row."""
     for start in range(0, length, LENGTH):
         n = min(LENGTH, length - start)
@@ -245,7 +245,7 @@ def _dot_row(out, left, left_start, stride, rows, right, right_start, taps, leng
                 )  # fmt: skip
 
 
-@_kernel
+@product_kernel
 def add_dot_products(  # type: ignore[no-untyped-def]
     out, left, left_starts, stride, rows, right, right_starts, taps, length
 ):
@@ -255,17 +255,17 @@ def add_dot_products(  # type: ignore[no-untyped-def]
     * ``right[right_starts[r] + taps[t] + j]``, j < ``length``. What lies beyond ``rows`` has no meaning.
     """
     for r in range(left_starts.size):
-        _dot_row(out, left, left_starts[r], stride, rows, right, right_starts[r], taps, length)
+        dot_row(out, left, left_starts[r], stride, rows, right, right_starts[r], taps, length)
 
 
-@_kernel
+@product_kernel
 def clear(x):  # type: ignore[no-untyped-def]
     """Make every element of a flat array 0."""
     for j in range(x.size):
         x[j] = 0
 
 
-@_kernel
+@product_kernel
 def sum_rows(x, out):  # type: ignore[no-untyped-def]
     """Write the sums of the rows of ``x`` (R, N) to ``out`` (R,)."""
     for r in range(out.size):
@@ -307,7 +307,7 @@ def _overload_quick_tanh(x):  # type: ignore[no-untyped-def]
     return tanh32
 
 
-@_row_block
+@row_block
 def activate_row(x, kind):  # type: ignore[no-untyped-def]
     """Replace the elements of a row by their activation; ``kind`` is a place in `ACTIVATIONS`."""
     one, zero = x.dtype.type(1), x.dtype.type(0)
@@ -322,13 +322,13 @@ def activate_row(x, kind):  # type: ignore[no-untyped-def]
             x[j] = zero if x[j] < zero else x[j]
 
 
-@_kernel
+@product_kernel
 def activate(x, kind):  # type: ignore[no-untyped-def]
     """Do what `activate_row` does, for a flat array."""
     activate_row(x, kind)
 
 
-@_row_block
+@row_block
 def slope_row(out, y, kind, factor):  # type: ignore[no-untyped-def]
     """Multiply ``out`` with ``factor`` and the derivative of the activation whose output is ``y``."""
     one, zero = y.dtype.type(1), y.dtype.type(0)
@@ -343,7 +343,7 @@ def slope_row(out, y, kind, factor):  # type: ignore[no-untyped-def]
             out[j] = factor * out[j] if y[j] > zero else zero
 
 
-@_kernel
+@product_kernel
 def multiply_by_slope(dx, y, kind):  # type: ignore[no-untyped-def]
     """Multiply ``dx`` in place with the derivative of the activation whose output is ``y``, both flat."""
     slope_row(dx, y, kind, dx.dtype.type(1))

@@ -8,17 +8,17 @@ overwritten. The others are as `evoloss.engine.convolution_kernels` takes them.
 from __future__ import annotations
 
 from evoloss.engine.convolution_kernels import (
-    _dot_row,
-    _kernel,
-    _multiply_row,
-    _row_block,
-    _scatter_row,
     activate_row,
+    dot_row,
+    multiply_row,
+    product_kernel,
+    row_block,
+    scatter_row,
     slope_row,
 )
 
 
-@_row_block
+@row_block
 def _pool_row(out, x, columns, batch, factor):  # type: ignore[no-untyped-def]
     """Add to ``out`` (W / columns * B,) ``factor`` times the sums of ``columns`` neighbours in ``x`` (W * B,)."""
     for j in range(out.size // batch):
@@ -29,13 +29,13 @@ def _pool_row(out, x, columns, batch, factor):  # type: ignore[no-untyped-def]
                 target[e] += factor * source[e]
 
 
-@_row_block
+@row_block
 def _clear_row(x):  # type: ignore[no-untyped-def]
     for j in range(x.size):
         x[j] = 0
 
 
-@_kernel
+@product_kernel
 def convolve_and_pool(weights, x, x_starts, taps, y, pooled, window, kind, sums, bias):  # type: ignore[no-untyped-def]
     """Write ``y`` and ``pooled``."""
     rows, columns, batch = window
@@ -43,7 +43,7 @@ def convolve_and_pool(weights, x, x_starts, taps, y, pooled, window, kind, sums,
     factor = y.dtype.type(1.0 / (rows * columns))
     flat = y.reshape(-1)
     for h in range(height):
-        _multiply_row(
+        multiply_row(
             weights, x, x_starts[h], taps,
             flat, h * length, height * length, channels, length, sums, bias,
         )  # fmt: skip
@@ -54,7 +54,7 @@ def convolve_and_pool(weights, x, x_starts, taps, y, pooled, window, kind, sums,
             _pool_row(pooled[c, h // rows], y[c, h], columns, batch, factor)
 
 
-@_kernel
+@product_kernel
 def pool_tangent(  # type: ignore[no-untyped-def]
     dweights, x, weights, dx, x_starts, taps, y, pooled, window, kind, row, sums, dbias, keep
 ):
@@ -65,11 +65,11 @@ def pool_tangent(  # type: ignore[no-untyped-def]
     flat = row.reshape(-1)
     for h in range(height):
         start = x_starts[h]
-        _multiply_row(
+        multiply_row(
             dweights, x, start, taps, flat, 0, length, channels, length, sums, dbias
         )  # fmt: skip
         if dx.size > 0:
-            _multiply_row(
+            multiply_row(
                 weights, dx, start, taps, flat, 0, length, channels, length, sums, keep
             )  # fmt: skip
         for c in range(channels):
@@ -79,7 +79,7 @@ def pool_tangent(  # type: ignore[no-untyped-def]
             _pool_row(pooled[c, h // rows], row[c], columns, batch, one)
 
 
-@_kernel
+@product_kernel
 def pool_backward(  # type: ignore[no-untyped-def]
     dy, y, window, kind, row, gradient, bias_gradient, x, x_starts, x_taps,
     transposed, row_taps, dx, shifts, x_stride, x_channels, spare,
@@ -102,8 +102,8 @@ def pool_backward(  # type: ignore[no-untyped-def]
             for j in range(length):
                 total += out[j]
             bias_gradient[c] += total
-        _dot_row(gradient, flat, 0, length, channels, x, x_starts[h], x_taps, length)
+        dot_row(gradient, flat, 0, length, channels, x, x_starts[h], x_taps, length)
         if dx.size > 0:
-            _scatter_row(
+            scatter_row(
                 transposed, flat, 0, row_taps, dx, x_starts[h], shifts, x_stride, x_channels, length, spare
             )  # fmt: skip

@@ -216,6 +216,8 @@ class Engine:
 
         with set_gpu_products(self.settings.precision, self.device):
             parts = self._meta_chunks.run(self._meta_chunks.split(range(loss.size)), work)
+        if len(parts) == 1:
+            return parts[0][1]
         values, gradients = zip(*(result for _, result in parts), strict=True)
         return np.concatenate(values), np.concatenate(gradients)
 

@@ -96,6 +96,32 @@ def pack_programs(programs: Sequence[Program], dtype: Any = np.float32) -> Packe
     )
 
 
+@sweep
+def sweep_gradient(ops, a, b, w, lo, hi, y, f, value, gradient, x, d):  # type: ignore[no-untyped-def]
+    """Do what `loss_gradients` does, for the program ``lo:hi``."""
+    root = find_row(ops, lo, hi - lo - 1)
+    for start in range(0, y.shape[0], BLOCK):
+        load(x[0], y, start, y[start])
+        load(x[1], f, start, f[start])
+        sweep_forward(ops, a, b, w, lo, hi, x, d)
+        store(value, start, x[root], w[hi - 1])
+        store(gradient, start, d[root], w[hi - 1])
+
+
+@sweep
+def sweep_mixed(ops, a, b, w, lo, hi, y, f, u, out, x, d, ap, aq, written):  # type: ignore[no-untyped-def]
+    """Do what `mixed_gradients` does, for the program ``lo:hi``."""
+    zero = w.dtype.type(0.0)
+    for start in range(0, y.shape[0], BLOCK):
+        # what the last block lacks repeats its first element: no singularity that is not there already
+        load(x[0], y, start, y[start])
+        load(x[1], f, start, f[start])
+        sweep_forward(ops, a, b, w, lo, hi, x, d)
+        fill(ap[hi - lo - 1], zero)
+        load(aq[hi - lo - 1], u, start, zero)
+        sweep_reverse(ops, a, b, w, lo, hi, x, d, ap, aq, written, out)
+
+
 @functools.cache
 def compile_kernels() -> tuple[Callable[..., None], Callable[..., None]]:
     """Return the two compiled functions behind `loss_gradients` and `mixed_gradients`."""
@@ -108,40 +134,28 @@ def compile_kernels() -> tuple[Callable[..., None], Callable[..., None]]:
     @kernel
     def gradients(ops, a, b, w, offsets, y, f, value, gradient, x, d):  # type: ignore[no-untyped-def]
         _ = digest
-        _fill_constants(x, d)
+        fill_constants(x, d)
         for p in range(offsets.shape[0] - 1):
-            lo, hi = offsets[p], offsets[p + 1]
             fp = f[min(p, f.shape[0] - 1)]
-            root = find_row(ops, lo, hi - lo - 1)
-            for start in range(0, y.shape[0], BLOCK):
-                load(x[0], y, start, y[start])
-                load(x[1], fp, start, fp[start])
-                sweep_forward(ops, a, b, w, lo, hi, x, d)
-                store(value[p], start, x[root], w[hi - 1])
-                store(gradient[p], start, d[root], w[hi - 1])
+            sweep_gradient(
+                ops, a, b, w, offsets[p], offsets[p + 1], y, fp, value[p], gradient[p], x, d
+            )  # fmt: skip
 
     @kernel
     def mixed(ops, a, b, w, offsets, y, f, u, out, x, d, ap, aq, written):  # type: ignore[no-untyped-def]
         _ = digest
-        zero = w.dtype.type(0.0)
-        _fill_constants(x, d)
+        fill_constants(x, d)
         for p in range(offsets.shape[0] - 1):
-            lo, hi = offsets[p], offsets[p + 1]
             fp = f[min(p, f.shape[0] - 1)]
-            for start in range(0, y.shape[0], BLOCK):
-                # what the last block lacks repeats its first element: no singularity that is not there already
-                load(x[0], y, start, y[start])
-                load(x[1], fp, start, fp[start])
-                sweep_forward(ops, a, b, w, lo, hi, x, d)
-                fill(ap[hi - lo - 1], zero)
-                load(aq[hi - lo - 1], u[p], start, zero)
-                sweep_reverse(ops, a, b, w, lo, hi, x, d, ap, aq, written, out)
+            sweep_mixed(
+                ops, a, b, w, offsets[p], offsets[p + 1], y, fp, u[p], out, x, d, ap, aq, written
+            )  # fmt: skip
 
     return gradients, mixed
 
 
 @sweep
-def _fill_constants(x, d):  # type: ignore[no-untyped-def]
+def fill_constants(x, d):  # type: ignore[no-untyped-def]
     """Fill the terminals' rows that no element changes: x = 1 of ``one``, and the derivatives of all three."""
     zero, one = x.dtype.type(0.0), x.dtype.type(1.0)
     fill(x[2], one)
@@ -150,7 +164,7 @@ def _fill_constants(x, d):  # type: ignore[no-untyped-def]
     fill(d[2], zero)
 
 
-def _rows(packed: PackedPrograms, count: int, more: int) -> NDArray[Any]:
+def make_rows(packed: PackedPrograms, count: int, more: int) -> NDArray[Any]:
     """Return ``count`` sets of rows for the longest program and ``more``."""
     return np.empty((count, packed.longest + more, BLOCK), dtype=packed.weights.dtype)
 
@@ -175,7 +189,7 @@ def loss_gradients(
     value = np.empty(shape, dtype=packed.weights.dtype)
     gradient = np.empty(shape, dtype=packed.weights.dtype)
     gradients, _ = compile_kernels()
-    x, d = _rows(packed, 2, TERMINALS)
+    x, d = make_rows(packed, 2, TERMINALS)
     gradients(*packed.arrays, y, f, value, gradient, x, d)
     return value, gradient
 
@@ -189,7 +203,7 @@ def mixed_gradients(
     """
     out = np.zeros(len(packed.ops))
     _, mixed = compile_kernels()
-    x, d, p, q = _rows(packed, 4, TERMINALS)
+    x, d, p, q = make_rows(packed, 4, TERMINALS)
     written = np.empty(x.shape[0], dtype=np.bool_)
     mixed(*packed.arrays, y, f, u, out, x, d, p, q, written)
     return out

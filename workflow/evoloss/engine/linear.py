@@ -7,15 +7,18 @@ the stepped weights are never formed.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from evoloss.engine.linear_kernel import linear_meta_gradients
 from evoloss.engine.optimizer import OptimizerState, update_parameters
 from evoloss.engine.population_loss import OutputLoss, PopulationLoss, TaskLoss, activate
 from evoloss.engine.products import product
@@ -54,7 +57,7 @@ class LinearState:
 
 @dataclass(frozen=True)
 class LinearContext:
-    """Predictions on the inner (1, B, C) and outputs on the outer batch (C, V) at the initial parameters, and K (V, B).
+    """All at the initial parameters: inner predictions (1, B, C), outer outputs (C, V), the Gram matrix K (V, B), K^T.
 
     Inner predictions and all targets are transposes of contiguous tensors with the classes first.
     """
@@ -62,9 +65,19 @@ class LinearContext:
     inner_predictions: Tensor
     outer_outputs: Tensor
     gram: Tensor
+    gram_t: Tensor
     inner_targets: Tensor
     outer_targets: Tensor
     outer_y: Tensor
+
+    @functools.cached_property
+    def arrays(self) -> tuple[NDArray[Any], ...]:
+        """What `linear_meta_gradients` takes, classes first."""
+        tensors = (
+            *(self.inner_predictions[0].t(), self.inner_targets.t(), self.gram, self.gram_t),
+            *(self.outer_outputs, self.outer_targets.t()),
+        )
+        return tuple(tensor.numpy() for tensor in tensors)
 
     @property
     def nbytes(self) -> int:
@@ -91,6 +104,12 @@ class LinearPath:
     def __init__(self, task: Task, model: nn.Module, settings: TrainingSettings) -> None:
         self.task = task
         self.settings = settings
+        # one compiled call a meta-step: a thread of Python's then keeps no other waiting
+        self.shares_meta_steps = (
+            task.kind == "classification"
+            and task.num_outputs > 1
+            and task.train.x.device.type == "cpu"
+        )
 
     @classmethod
     def find_obstacle(cls, task: Task, model: nn.Module, settings: TrainingSettings) -> str | None:
@@ -180,11 +199,13 @@ class LinearPath:
         x_in, x_out = inner.x.flatten(1), outer.x.flatten(1)
         shrink = 1.0 - self.settings.first_step_rate * self.settings.weight_decay
         column = bias.unsqueeze(1)
+        # once per meta-step and for all candidates: summed in float64, ten times closer
+        gram = (torch.mm(x_out.double(), x_in.double().t()) + 1.0).to(x_in.dtype)
         return LinearContext(
             activate(self.task, torch.addmm(column, weight, x_in.t()).t().unsqueeze(0)),
             shrink * torch.addmm(column, weight, x_out.t()),
-            # once per meta-step and for all candidates: summed in float64, ten times closer
-            (torch.mm(x_out.double(), x_in.double().t()) + 1.0).to(x_in.dtype),
+            gram,
+            gram.t().contiguous(),
             inner.targets.t().contiguous().t(),
             outer.targets.t().contiguous().t(),
             outer.y,
@@ -200,8 +221,11 @@ class LinearPath:
         """See `evoloss.engine.path.Path`."""
         c = context
         rate = self.settings.first_step_rate
+        if self.shares_meta_steps:
+            found = linear_meta_gradients(loss.packed, rate, *c.arrays)
+            return torch.from_numpy(found[0]), found[1]
         upstream = loss.output_gradients_at(c.inner_predictions, c.inner_targets).mT
-        steps = product(upstream.flatten(0, 1), c.gram.t()).view(loss.size, *c.outer_outputs.shape)
+        steps = product(upstream.flatten(0, 1), c.gram_t).view(loss.size, *c.outer_outputs.shape)
         stepped = torch.add(c.outer_outputs, steps, alpha=-rate)
         values, outer_upstream = TaskLoss(self.task).values_and_gradients(
             stepped.mT, c.outer_targets, c.outer_y

@@ -6,6 +6,7 @@ batches for every candidate of a search, so that what depends on them alone is c
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,16 +14,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from evoloss.engine.optimizer import OptimizerState, update_parameters
 from evoloss.engine.path import Context
 from evoloss.engine.safe_point import SafePoint
 from evoloss.engine.settings import TrainingSettings
 from evoloss.engine.streams import draw_batches
+from evoloss.engine.threads import map_on_threads
 from evoloss.expressions import Program
 
 if TYPE_CHECKING:
     from evoloss.engine.engine import Engine
+
+STRIDE = 25
+"""Meta-steps that a thread takes on its own where candidates are shared out among threads."""
 
 CACHE_BYTES = 2**28
 """Meta-steps' shared quantities are kept for the next generation up to this size."""
@@ -78,6 +84,78 @@ class MetaSteps:
         return context
 
 
+class _Share:
+    """The local search of some of the candidates: their loss parameters, Adam's moments, and who is still moving."""
+
+    def __init__(
+        self, engine: Engine, programs: Sequence[Program], settings: LocalSearchSettings
+    ) -> None:
+        self._engine = engine
+        self._programs = list(programs)
+        self._loss = engine.population_loss(programs)
+        self._trainable = np.concatenate([program.trainable for program in programs])
+        self._owner = np.repeat(np.arange(len(programs)), np.diff(self._loss.offsets))
+        # torch's rule without the bookkeeping of `torch.optim.Adam`, which costs as much as a small model's meta-step
+        self._rule = TrainingSettings(1, settings.meta_learning_rate, optimizer="adam")
+        self._weights = torch.from_numpy(np.concatenate([program.weights for program in programs]))
+        self._moments = OptimizerState()
+        self._alive = np.ones(len(programs), dtype=bool)
+        self._moving = self._trainable.copy()
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Numbers of candidates and of their weights."""
+        return len(self._alive), len(self._weights)
+
+    def restore(self, alive: Sequence[bool], weights: Tensor, adam: Mapping[str, Tensor]) -> None:
+        """Go on from what `describe` returned."""
+        self._alive = np.array(alive)
+        self._moving = self._trainable & self._alive[self._owner]
+        self._weights.copy_(weights)
+        self._moments = OptimizerState(
+            [adam["exp_avg"].clone()], [adam["exp_avg_sq"].clone()], [adam["step"].clone()]
+        )
+        self._loss.set_weights(self._weights.numpy())
+
+    def describe(self) -> tuple[list[bool], Tensor, dict[str, Tensor]]:
+        """Return all that `restore` needs, after at least one step."""
+        first = self._moments.first[0]
+        assert first is not None
+        adam = {
+            "exp_avg": first,
+            "exp_avg_sq": self._moments.second[0],
+            "step": self._moments.steps[0],
+        }
+        return self._alive.tolist(), self._weights, adam
+
+    def step(self, context: Context) -> NDArray[np.float64]:
+        """Take one meta-step; return the outer losses before it."""
+        values, gradient = self._engine.meta_gradients(context, self._loss)
+        finite = np.isfinite(gradient)
+        if not finite.all():
+            finite |= ~self._trainable
+            self._alive &= np.logical_and.reduceat(finite, self._loss.offsets[:-1])
+            self._moving = self._trainable & self._alive[self._owner]
+        moving = self._moving
+        before = self._weights.numpy().copy()
+        masked = torch.from_numpy(np.where(moving, gradient, 0.0))
+        update_parameters(self._rule, [self._weights], [masked], self._moments)
+        # a weight that has moved would go on with the moments that are left of its gradients
+        np.copyto(self._weights.numpy(), before, where=~moving)
+        self._loss.set_weights(self._weights.numpy())
+        return values
+
+    def programs(self) -> list[Program]:
+        """Return the programs with their loss parameters as they are now."""
+        weights, offsets = self._weights.numpy(), self._loss.offsets
+        return [
+            program.with_loss_params(
+                weights[offsets[p] : offsets[p + 1]][program.trainable].astype(np.float64)
+            )
+            for p, program in enumerate(self._programs)
+        ]
+
+
 def run_local_search(
     engine: Engine,
     programs: Sequence[Program],
@@ -92,57 +170,57 @@ def run_local_search(
     A gradient that is not finite ends that candidate's search where it stands. ``on_step``, ``resume`` and
     ``at_safe_point``: see `Engine.local_search`.
     """
-    current = list(programs)
-    loss = engine.population_loss(current)
-    trainable = np.concatenate([program.trainable for program in current])
-    owner = np.repeat(np.arange(len(current)), np.diff(loss.offsets))
-    weights = torch.from_numpy(np.concatenate([program.weights for program in current]))
-    # torch's rule without the bookkeeping of `torch.optim.Adam`, which costs as much as a meta-step of a small model
-    rule = TrainingSettings(1, settings.meta_learning_rate, optimizer="adam")
-    moments = OptimizerState()
-    alive = np.ones(len(current), dtype=bool)
+    count = 1
+    if on_step is None and engine.path.shares_meta_steps:
+        count = max(1, min(torch.get_num_threads(), len(programs) // 2))
+    edges = [len(programs) * i // count for i in range(count + 1)]
+    shares = [_Share(engine, programs[a:b], settings) for a, b in itertools.pairwise(edges)]
+    # threads that each take one share meet seldom
+    stride = 1 if count == 1 else STRIDE
     first = 0
     if resume is not None:
-        first, alive = resume["step"], np.array(resume["alive"])
-        weights.copy_(resume["weights"])
-        kept = resume["adam"]
-        moments = OptimizerState([kept["exp_avg"]], [kept["exp_avg_sq"]], [kept["step"]])
-        loss.set_weights(weights.numpy())
+        first = resume["step"]
+        _restore(shares, resume)
 
     def describe_progress() -> dict[str, Any]:
-        names = ("exp_avg", "exp_avg_sq", "step")
-        tensors = (moments.first[0], moments.second[0], moments.steps[0])
-        kept = dict(zip(names, tensors, strict=True))
-        return {"step": step + 1, "alive": alive.tolist(), "weights": weights, "adam": kept}
+        return {"step": last, **_describe(shares)}
 
-    for step in range(first, len(steps)):
-        values, gradient = engine.meta_gradients(steps[step], loss)
-        finite = np.isfinite(gradient) | ~trainable
-        if not finite.all():
-            alive &= np.logical_and.reduceat(finite, loss.offsets[:-1])
-        moving = trainable & alive[owner]
-        before = weights.clone()
-        masked = torch.from_numpy(np.where(moving, gradient, 0.0))
-        update_parameters(rule, [weights], [masked], moments)
-        if not alive.all():
-            # a weight that has moved would go on with the moments that are left of its gradients
-            np.copyto(weights.numpy(), before.numpy(), where=~moving)
-        loss.set_weights(weights.numpy())
-        if on_step is not None or step == len(steps) - 1:
-            current = _with_weights(current, weights.numpy(), loss.offsets)
+    for start in range(first, len(steps), stride):
+        last = min(start + stride, len(steps))
+        contexts = [steps[step] for step in range(start, last)]
+
+        def run(_: None, share: _Share, contexts: list[Context] = contexts) -> None:
+            for context in contexts:
+                share.step(context)
+
         if on_step is not None:
-            on_step(step + 1, values, current)
-        if at_safe_point is not None and step < len(steps) - 1:
+            on_step(last, shares[0].step(contexts[0]), shares[0].programs())
+        else:
+            map_on_threads(lambda: None, run, shares)
+        if at_safe_point is not None and last < len(steps):
             at_safe_point(describe_progress)
-    return current
+    return [program for share in shares for program in share.programs()]
 
 
-def _with_weights(
-    programs: Sequence[Program], weights: NDArray[np.float64], offsets: NDArray[np.int64]
-) -> list[Program]:
-    return [
-        program.with_loss_params(
-            weights[offsets[p] : offsets[p + 1]][program.trainable].astype(np.float64)
+def _describe(shares: Sequence[_Share]) -> dict[str, Any]:
+    alive, weights, adam = zip(*(share.describe() for share in shares), strict=True)
+    moments = {name: torch.cat([own[name] for own in adam]) for name in ("exp_avg", "exp_avg_sq")}
+    return {
+        "alive": [one for own in alive for one in own],
+        "weights": torch.cat(weights),
+        "adam": {**moments, "step": adam[0]["step"]},
+    }
+
+
+def _restore(shares: Sequence[_Share], progress: Mapping[str, Any]) -> None:
+    adam = progress["adam"]
+    candidates = weights = 0
+    for share in shares:
+        i, j = candidates + share.sizes[0], weights + share.sizes[1]
+        own = {name: adam[name][weights:j] for name in ("exp_avg", "exp_avg_sq")}
+        share.restore(
+            progress["alive"][candidates:i],
+            progress["weights"][weights:j],
+            {**own, "step": adam["step"]},
         )
-        for p, program in enumerate(programs)
-    ]
+        candidates, weights = i, j

@@ -32,6 +32,8 @@ class Path(Protocol):
     """One way to train a population; ``task`` and ``model`` are on the device and of the dtype they run in."""
 
     name: str
+    shares_meta_steps: bool
+    """Whether local search shares its candidates out among threads; if not, `meta_gradients` uses all of them."""
 
     def __init__(self, task: Task, model: nn.Module, settings: TrainingSettings) -> None: ...
 

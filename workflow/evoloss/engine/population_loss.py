@@ -127,34 +127,34 @@ class PopulationLoss:
         self.size = len(self.programs)
         self.dtype = dtype
         numpy_dtype = np.float32 if dtype == torch.float32 else np.float64
-        self._packed = pack_programs(self.programs, numpy_dtype)
+        self.packed = pack_programs(self.programs, numpy_dtype)
         self._on_device: DevicePrograms | None = None
 
     def select(self, keep: Sequence[int]) -> PopulationLoss:
         """See `OutputLoss`."""
         chosen = PopulationLoss(self.task, [self.programs[p] for p in keep], self.dtype)
         spans = [slice(self.offsets[p], self.offsets[p + 1]) for p in keep]
-        chosen.set_weights(np.concatenate([self._packed.weights[span] for span in spans]))
+        chosen.set_weights(np.concatenate([self.packed.weights[span] for span in spans]))
         return chosen
 
     def set_weights(self, weights: NDArray[np.float64]) -> None:
         """Replace all instruction weights, end to end, shape ``(instructions,)``."""
-        self._packed.weights[:] = weights
+        self.packed.weights[:] = weights
         if self._on_device is not None:
-            self._on_device.set_weights(self._packed.weights)
+            self._on_device.set_weights(self.packed.weights)
 
     def split_weights(self) -> list[NDArray[Any]]:
         """Return every program's current instruction weights."""
-        return np.split(self._packed.weights, self.offsets[1:-1])
+        return np.split(self.packed.weights, self.offsets[1:-1])
 
     @property
     def offsets(self) -> NDArray[np.int64]:
         """Program p's instructions are ``offsets[p]:offsets[p + 1]`` of the weights."""
-        return self._packed.offsets
+        return self.packed.offsets
 
     def _device_programs(self, device: torch.device) -> DevicePrograms | None:
         if self._on_device is None:
-            self._on_device = copy_programs(self._packed, device)
+            self._on_device = copy_programs(self.packed, device)
         return self._on_device
 
     def _mean_factor(self, targets: Tensor) -> float:
@@ -173,7 +173,7 @@ class PopulationLoss:
         if classes_first:
             predictions, targets = predictions.mT, targets.mT
         _, gradient = loss_gradients(
-            self._packed, targets.reshape(-1).numpy(), predictions.flatten(1).numpy()
+            self.packed, targets.reshape(-1).numpy(), predictions.flatten(1).numpy()
         )
         result = torch.from_numpy(gradient).view(self.size, *targets.shape)
         return result.mT if classes_first else result
@@ -225,7 +225,7 @@ class PopulationLoss:
         if has_classes_first(predictions):
             predictions, targets, u = predictions.mT, targets.mT, u.mT
         return mixed_gradients(
-            self._packed,
+            self.packed,
             targets.reshape(-1).numpy(),
             predictions.flatten(1).numpy(),
             u.flatten(1).numpy(),
@@ -237,7 +237,7 @@ class PopulationLoss:
         """Do the same by autograd, for devices that the kernels do not reach."""
         f = predictions.expand(u.shape).clone().requires_grad_()
         weights = torch.tensor(
-            self._packed.weights, device=f.device, dtype=f.dtype, requires_grad=True
+            self.packed.weights, device=f.device, dtype=f.dtype, requires_grad=True
         )
         total = self._sum_values(targets, f, weights.unbind())
         (gradient,) = torch.autograd.grad(
@@ -250,7 +250,7 @@ class PopulationLoss:
         return np.asarray(result.double().cpu().numpy())
 
     def _factors(self) -> list[float]:
-        return [float(weight) for weight in self._packed.weights]
+        return [float(weight) for weight in self.packed.weights]
 
     def _sum_values(self, targets: Tensor, f: Tensor, factors: Sequence[Any]) -> Tensor:
         """Return the sum of all losses' element values; ``factors`` one per instruction of all programs."""

@@ -10,23 +10,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evoloss.engine.kernel_rows import exp, kernel, log
+from evoloss.engine.kernel_rows import exp, kernel, log, sweep
+
+
+@sweep
+def sweep_jacobian(p, u, out, factor, inner):  # type: ignore[no-untyped-def]
+    """Do what `multiply_by_jacobian` does, for one network; ``inner`` (B,) is overwritten."""
+    for b in range(inner.size):
+        inner[b] = 0
+    for c in range(u.shape[0]):
+        pc, uc = p[c], u[c]
+        for b in range(inner.size):
+            inner[b] += pc[b] * uc[b]
+    for c in range(u.shape[0]):
+        pc, uc, oc = p[c], u[c], out[c]
+        for b in range(inner.size):
+            oc[b] = factor * pc[b] * (uc[b] - inner[b])
 
 
 @kernel
 def _multiply_by_jacobian(p, u, out, factor, inner):  # type: ignore[no-untyped-def]
     for i in range(u.shape[0]):
-        q = p[min(i, p.shape[0] - 1)]
-        for b in range(inner.size):
-            inner[b] = 0
-        for c in range(u.shape[1]):
-            qc, uc = q[c], u[i, c]
-            for b in range(inner.size):
-                inner[b] += qc[b] * uc[b]
-        for c in range(u.shape[1]):
-            qc, uc, oc = q[c], u[i, c], out[i, c]
-            for b in range(inner.size):
-                oc[b] = factor * qc[b] * (uc[b] - inner[b])
+        sweep_jacobian(p[min(i, p.shape[0] - 1)], u[i], out[i], factor, inner)
 
 
 def multiply_by_jacobian(p: NDArray[Any], u: NDArray[Any], factor: float) -> NDArray[Any]:
@@ -39,32 +44,38 @@ def multiply_by_jacobian(p: NDArray[Any], u: NDArray[Any], factor: float) -> NDA
     return out
 
 
+@sweep
+def sweep_cross_entropy(z, targets, gradient, top, total):  # type: ignore[no-untyped-def]
+    """Do what `cross_entropy` does, for one network; ``top`` and ``total`` (B,) are overwritten."""
+    size = z.shape[1]
+    scale = z.dtype.type(1.0 / size)
+    for b in range(size):
+        top[b] = z[0, b]
+        total[b] = 0
+    for c in range(1, z.shape[0]):
+        zc = z[c]
+        for b in range(size):
+            top[b] = zc[b] if zc[b] > top[b] else top[b]
+    for c in range(z.shape[0]):
+        zc, gc = z[c], gradient[c]
+        for b in range(size):
+            gc[b] = exp(zc[b] - top[b])
+            total[b] += gc[b]
+    value = 0.0
+    for c in range(z.shape[0]):
+        zc, gc, tc = z[c], gradient[c], targets[c]
+        for b in range(size):
+            gc[b] = scale * (gc[b] / total[b] - tc[b])
+            value += tc[b] * (top[b] - zc[b])
+    for b in range(size):
+        value += log(total[b])
+    return value / size
+
+
 @kernel
 def _cross_entropy(z, targets, values, gradient, top, total):  # type: ignore[no-untyped-def]
-    size = z.shape[2]
-    scale = z.dtype.type(1.0 / size)
     for i in range(z.shape[0]):
-        for b in range(size):
-            top[b] = z[i, 0, b]
-            total[b] = 0
-        for c in range(1, z.shape[1]):
-            zc = z[i, c]
-            for b in range(size):
-                top[b] = zc[b] if zc[b] > top[b] else top[b]
-        for c in range(z.shape[1]):
-            zc, gc = z[i, c], gradient[i, c]
-            for b in range(size):
-                gc[b] = exp(zc[b] - top[b])
-                total[b] += gc[b]
-        value = 0.0
-        for c in range(z.shape[1]):
-            zc, gc, tc = z[i, c], gradient[i, c], targets[c]
-            for b in range(size):
-                gc[b] = scale * (gc[b] / total[b] - tc[b])
-                value += tc[b] * (top[b] - zc[b])
-        for b in range(size):
-            value += log(total[b])
-        values[i] = value / size
+        values[i] = sweep_cross_entropy(z[i], targets, gradient[i], top, total)
 
 
 def cross_entropy(z: NDArray[Any], targets: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
