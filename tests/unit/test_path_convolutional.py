@@ -12,7 +12,7 @@ from toy_tasks import make_toy_task
 
 import oracle
 from evoloss.engine import PopulationLoss, TrainingSettings
-from evoloss.engine.convolution_kernels import ACTIVATIONS, activate
+from evoloss.engine.convolution_activations import ACTIVATIONS, activate
 from evoloss.engine.convolutional import CHUNK, EVALUATION_BATCH, ConvolutionalPath
 from evoloss.engine.general import GeneralPath
 from evoloss.engine.path import Path

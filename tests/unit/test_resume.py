@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -109,6 +110,51 @@ def test_a_search_killed_again_and_again_ends_the_same(
     assert kills >= 1
     assert found.front == expected.front
     assert without_clocks(found) == without_clocks(expected)
+
+
+def test_a_local_search_on_threads_equals_one_on_a_thread_and_goes_on_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    formulas = (
+        "square(sub(y, f(x)))",
+        "mul(-1, mul(y, log(f(x))))",
+        "log(sub(f(x), f(x)))",  # ends at its first step, and its neighbours go on
+        "abs(sub(mul(2, y), f(x)))",
+        "tanh(mul(y, f(x)))",
+    )
+    programs = [compile_weighted_tree(parse_expression(formula)) for formula in formulas]
+    settings = LocalSearchSettings(10, 1, 0.01)
+    monkeypatch.setattr("evoloss.engine.local_search.STRIDE", 4)
+
+    def search(threads: int, resume: Any = None) -> tuple[Any, list[Any]]:
+        engine = Engine(make_task("linear"), "linear", replace(TRAINING, precision="float64"), CPU)
+        points: list[Any] = []
+        torch.set_num_threads(threads)
+        found = engine.local_search(
+            programs,
+            settings,
+            0,
+            resume=resume,
+            at_safe_point=lambda describe: points.append(copy.deepcopy(describe())),
+        )
+        return [program.loss_params for program in found], points
+
+    before = torch.get_num_threads()
+    try:
+        expected, _ = search(1)
+        found, points = search(2)
+        resumed, _ = search(1, points[1])
+    finally:
+        torch.set_num_threads(before)
+    assert [point["step"] for point in points] == [4, 8]
+    for one, two, three in zip(expected, found, resumed, strict=True):
+        np.testing.assert_allclose(two, one, rtol=1e-9)
+        np.testing.assert_allclose(three, one, rtol=1e-9)
+    moved = [
+        not np.array_equal(one, program.loss_params)
+        for one, program in zip(expected, programs, strict=True)
+    ]
+    assert moved == [True, True, False, True, True]
 
 
 def test_archive_comes_back_exactly() -> None:

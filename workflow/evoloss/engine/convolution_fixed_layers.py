@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evoloss.engine.convolution_kernels import (
+from evoloss.engine.convolution_activations import (
     ACTIVATIONS,
     activate,
     multiply_by_slope,

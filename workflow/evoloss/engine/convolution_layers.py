@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from evoloss.engine.convolution_activations import ACTIVATIONS
 from evoloss.engine.convolution_kernels import (
-    ACTIVATIONS,
     LENGTH,
     ROWS,
     add_dot_products,
@@ -29,11 +29,7 @@ from evoloss.engine.convolution_kernels import (
     scatter_rows,
     sum_rows,
 )
-from evoloss.engine.convolution_pooled_kernels import (
-    convolve_and_pool,
-    pool_backward,
-    pool_tangent,
-)
+from evoloss.engine.convolution_pooled_kernels import compile_pooled_kernels
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
@@ -175,6 +171,7 @@ class PooledConvolution(Products):
         self._pooled = np.empty((*self.shape, batch), dtype)
         self._row = np.empty((channels, self._length), dtype)
         self._row_taps = pad_offsets(np.arange(channels) * self._length)
+        self._convolve_and_pool, self._pool_tangent, self._pool_backward = compile_pooled_kernels()
 
     @staticmethod
     def fits(modules: Sequence[nn.Module], shape: Shape) -> bool:
@@ -202,7 +199,7 @@ class PooledConvolution(Products):
 
     def forward_all(self, params: Sequence[Array], x: Array) -> tuple[Array, Array]:
         """Return the activation's and the pooling's output."""
-        convolve_and_pool(
+        self._convolve_and_pool(
             *(self._load(params[0]), x.reshape(-1), self._x_rows, self._x_taps),
             *(self._in_rows(self._y), self._in_rows(self._pooled), self._window, self._kind),
             *(self._sums, params[1] if len(params) == 2 else self._no_bias),
@@ -217,7 +214,7 @@ class PooledConvolution(Products):
         bias_gradient = np.zeros(len(params[0]), dy.dtype)
         dx = self._dx.reshape(-1) if wants_dx else self._keep
         clear(dx)
-        pool_backward(
+        self._pool_backward(
             *(self._in_rows(dy), self._in_rows(y), self._window, self._kind, self._row),
             *(self._gradient, bias_gradient, x.reshape(-1), self._x_rows, self._x_taps),
             *(self._load_transposed(params[0]), self._row_taps, dx, self._shifts, self._x_stride),
@@ -235,7 +232,7 @@ class PooledConvolution(Products):
     ) -> Array:
         """See `Products`; ``y`` is the activation's output, the result is the pooling's."""
         dweights = self._load(dparams[0]).copy()
-        pool_tangent(
+        self._pool_tangent(
             *(dweights, x.reshape(-1), self._load(params[0])),
             *(self._keep if dx is None else dx.reshape(-1), self._x_rows, self._x_taps),
             *(self._in_rows(y), self._in_rows(self._pooled), self._window, self._kind, self._row),

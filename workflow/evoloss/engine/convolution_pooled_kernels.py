@@ -7,15 +7,19 @@ overwritten. The others are as `evoloss.engine.convolution_kernels` takes them.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
+from evoloss.engine import convolution_activations, convolution_kernels
+from evoloss.engine.convolution_activations import activate_row, slope_row
 from evoloss.engine.convolution_kernels import (
-    activate_row,
     dot_row,
     multiply_row,
     product_kernel,
     row_block,
     scatter_row,
-    slope_row,
 )
+from evoloss.engine.kernel_rows import digest_sources
 
 
 @row_block
@@ -35,75 +39,85 @@ def _clear_row(x):  # type: ignore[no-untyped-def]
         x[j] = 0
 
 
-@product_kernel
-def convolve_and_pool(weights, x, x_starts, taps, y, pooled, window, kind, sums, bias):  # type: ignore[no-untyped-def]
-    """Write ``y`` and ``pooled``."""
-    rows, columns, batch = window
-    channels, height, length = y.shape
-    factor = y.dtype.type(1.0 / (rows * columns))
-    flat = y.reshape(-1)
-    for h in range(height):
-        multiply_row(
-            weights, x, x_starts[h], taps,
-            flat, h * length, height * length, channels, length, sums, bias,
-        )  # fmt: skip
-        for c in range(channels):
-            activate_row(y[c, h], kind)
-            if h % rows == 0:
-                _clear_row(pooled[c, h // rows])
-            _pool_row(pooled[c, h // rows], y[c, h], columns, batch, factor)
+@functools.cache
+def compile_pooled_kernels() -> tuple[
+    Callable[..., None], Callable[..., None], Callable[..., None]
+]:
+    """Return ``convolve_and_pool``, ``pool_tangent`` and ``pool_backward``."""
+    digest = digest_sources(convolution_activations, convolution_kernels)
 
-
-@product_kernel
-def pool_tangent(  # type: ignore[no-untyped-def]
-    dweights, x, weights, dx, x_starts, taps, y, pooled, window, kind, row, sums, dbias, keep
-):
-    """Write to ``pooled`` its derivative along ``dweights``, ``dbias`` and, if not empty, ``dx``."""
-    rows, columns, batch = window
-    channels, height, length = y.shape
-    factor, one = y.dtype.type(1.0 / (rows * columns)), y.dtype.type(1)
-    flat = row.reshape(-1)
-    for h in range(height):
-        start = x_starts[h]
-        multiply_row(
-            dweights, x, start, taps, flat, 0, length, channels, length, sums, dbias
-        )  # fmt: skip
-        if dx.size > 0:
+    @product_kernel
+    def convolve_and_pool(weights, x, x_starts, taps, y, pooled, window, kind, sums, bias):  # type: ignore[no-untyped-def]
+        """Write ``y`` and ``pooled``."""
+        _ = digest
+        rows, columns, batch = window
+        channels, height, length = y.shape
+        factor = y.dtype.type(1.0 / (rows * columns))
+        flat = y.reshape(-1)
+        for h in range(height):
             multiply_row(
-                weights, dx, start, taps, flat, 0, length, channels, length, sums, keep
+                weights, x, x_starts[h], taps,
+                flat, h * length, height * length, channels, length, sums, bias,
             )  # fmt: skip
-        for c in range(channels):
-            slope_row(row[c], y[c, h], kind, factor)
-            if h % rows == 0:
-                _clear_row(pooled[c, h // rows])
-            _pool_row(pooled[c, h // rows], row[c], columns, batch, one)
+            for c in range(channels):
+                activate_row(y[c, h], kind)
+                if h % rows == 0:
+                    _clear_row(pooled[c, h // rows])
+                _pool_row(pooled[c, h // rows], y[c, h], columns, batch, factor)
 
-
-@product_kernel
-def pool_backward(  # type: ignore[no-untyped-def]
-    dy, y, window, kind, row, gradient, bias_gradient, x, x_starts, x_taps,
-    transposed, row_taps, dx, shifts, x_stride, x_channels, spare,
-):  # fmt: skip
-    """Add the gradients by weight and bias and, if not empty, by ``x`` (to ``dx``); ``dy`` is that by ``pooled``."""
-    rows, columns, batch = window
-    channels, height, length = y.shape
-    factor = y.dtype.type(1.0 / (rows * columns))
-    flat = row.reshape(-1)
-    for h in range(height):
-        for c in range(channels):
-            out, upstream = row[c], dy[c, h // rows]
-            for w in range(length // batch):
-                source = upstream[w // columns * batch : (w // columns + 1) * batch]
-                target = out[w * batch : (w + 1) * batch]
-                for e in range(batch):
-                    target[e] = source[e]
-            slope_row(out, y[c, h], kind, factor)
-            total = y.dtype.type(0)
-            for j in range(length):
-                total += out[j]
-            bias_gradient[c] += total
-        dot_row(gradient, flat, 0, length, channels, x, x_starts[h], x_taps, length)
-        if dx.size > 0:
-            scatter_row(
-                transposed, flat, 0, row_taps, dx, x_starts[h], shifts, x_stride, x_channels, length, spare
+    @product_kernel
+    def pool_tangent(  # type: ignore[no-untyped-def]
+        dweights, x, weights, dx, x_starts, taps, y, pooled, window, kind, row, sums, dbias, keep
+    ):
+        """Write to ``pooled`` its derivative along ``dweights``, ``dbias`` and, if not empty, ``dx``."""
+        _ = digest
+        rows, columns, batch = window
+        channels, height, length = y.shape
+        factor, one = y.dtype.type(1.0 / (rows * columns)), y.dtype.type(1)
+        flat = row.reshape(-1)
+        for h in range(height):
+            start = x_starts[h]
+            multiply_row(
+                dweights, x, start, taps, flat, 0, length, channels, length, sums, dbias
             )  # fmt: skip
+            if dx.size > 0:
+                multiply_row(
+                    weights, dx, start, taps, flat, 0, length, channels, length, sums, keep
+                )  # fmt: skip
+            for c in range(channels):
+                slope_row(row[c], y[c, h], kind, factor)
+                if h % rows == 0:
+                    _clear_row(pooled[c, h // rows])
+                _pool_row(pooled[c, h // rows], row[c], columns, batch, one)
+
+    @product_kernel
+    def pool_backward(  # type: ignore[no-untyped-def]
+        dy, y, window, kind, row, gradient, bias_gradient, x, x_starts, x_taps,
+        transposed, row_taps, dx, shifts, x_stride, x_channels, spare,
+    ):  # fmt: skip
+        """Add the gradients by weight, bias and, if not empty, ``x`` (to ``dx``); ``dy`` is that by ``pooled``."""
+        _ = digest
+        rows, columns, batch = window
+        channels, height, length = y.shape
+        factor = y.dtype.type(1.0 / (rows * columns))
+        flat = row.reshape(-1)
+        for h in range(height):
+            for c in range(channels):
+                out, upstream = row[c], dy[c, h // rows]
+                for w in range(length // batch):
+                    source = upstream[w // columns * batch : (w // columns + 1) * batch]
+                    target = out[w * batch : (w + 1) * batch]
+                    for e in range(batch):
+                        target[e] = source[e]
+                slope_row(out, y[c, h], kind, factor)
+                total = y.dtype.type(0)
+                for j in range(length):
+                    total += out[j]
+                bias_gradient[c] += total
+            dot_row(gradient, flat, 0, length, channels, x, x_starts[h], x_taps, length)
+            if dx.size > 0:
+                scatter_row(
+                    transposed, flat, 0, row_taps, dx, x_starts[h], shifts, x_stride, x_channels, length, spare
+                )  # fmt: skip
+
+    return convolve_and_pool, pool_tangent, pool_backward

@@ -7,6 +7,9 @@ rows of a block fit into the first-level cache. The opcodes are literal, so that
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numba
@@ -43,7 +46,17 @@ row_sum = numba.njit(
 )
 sweep = numba.njit(error_model="numpy", pipeline_class=RowCompiler)
 kernel = numba.njit(error_model="numpy", pipeline_class=RowCompiler, cache=True, nogil=True)
-"""The only functions that are kept on disk: see `evoloss.engine.kernels.compile_kernels`."""
+"""The only functions that are kept on disk; see `digest_sources`."""
+
+
+def digest_sources(*modules: ModuleType) -> int:
+    """Return a number that changes with the modules' source.
+
+    Numba's cache on disk sees changes of the file that a function stands in and of what its closure holds: a digest of
+    the other files.
+    """
+    sources = b"".join(Path(str(module.__file__)).read_bytes() for module in modules)
+    return int.from_bytes(hashlib.sha256(sources).digest()[:7], "big")
 
 
 def log(x: Any) -> Any:

@@ -16,10 +16,8 @@ them with autograd and SymPy. The first call of a process loads the compiled cod
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +30,7 @@ from evoloss.engine.kernel_rows import (
     BLOCK,
     PROTECTION,
     TERMINALS,
+    digest_sources,
     fill,
     find_row,
     kernel,
@@ -125,11 +124,7 @@ def sweep_mixed(ops, a, b, w, lo, hi, y, f, u, out, x, d, ap, aq, written):  # t
 @functools.cache
 def compile_kernels() -> tuple[Callable[..., None], Callable[..., None]]:
     """Return the two compiled functions behind `loss_gradients` and `mixed_gradients`."""
-    # Numba's cache on disk sees changes of the file that a function stands in, and of what its closure holds: a digest
-    # of the other files.
-    modules = (kernel_rows, kernel_forward, kernel_reverse)
-    sources = b"".join(Path(str(module.__file__)).read_bytes() for module in modules)
-    digest = int.from_bytes(hashlib.sha256(sources).digest()[:7], "big")
+    digest = digest_sources(kernel_rows, kernel_forward, kernel_reverse)
 
     @kernel
     def gradients(ops, a, b, w, offsets, y, f, value, gradient, x, d):  # type: ignore[no-untyped-def]

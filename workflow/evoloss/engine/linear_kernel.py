@@ -7,9 +7,7 @@ a population leaves Python's lock alone, and all that belongs to a candidate sta
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +27,7 @@ from evoloss.engine.convolution_kernels import (
     multiply_row,
     pad_offsets,
 )
-from evoloss.engine.kernel_rows import TERMINALS, kernel
+from evoloss.engine.kernel_rows import TERMINALS, digest_sources, kernel
 from evoloss.engine.kernels import (
     PackedPrograms,
     fill_constants,
@@ -42,13 +40,10 @@ from evoloss.engine.softmax_kernels import sweep_cross_entropy, sweep_jacobian
 
 @functools.cache
 def _compile() -> Callable[..., None]:
-    # as in `evoloss.engine.kernels.compile_kernels`
-    modules = (
+    digest = digest_sources(
         *(convolution_kernels, kernel_forward, kernel_reverse),
         *(kernel_rows, kernels, softmax_kernels),
     )
-    sources = b"".join(Path(str(module.__file__)).read_bytes() for module in modules)
-    digest = int.from_bytes(hashlib.sha256(sources).digest()[:7], "big")
 
     @kernel
     def differentiate(  # type: ignore[no-untyped-def]

@@ -5,12 +5,15 @@ Arrays are (P, C, B): the classes first, so that every loop runs along the sampl
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evoloss.engine.kernel_rows import exp, kernel, log, sweep
+from evoloss.engine import kernel_rows
+from evoloss.engine.kernel_rows import digest_sources, exp, kernel, log, sweep
 
 
 @sweep
@@ -26,22 +29,6 @@ def sweep_jacobian(p, u, out, factor, inner):  # type: ignore[no-untyped-def]
         pc, uc, oc = p[c], u[c], out[c]
         for b in range(inner.size):
             oc[b] = factor * pc[b] * (uc[b] - inner[b])
-
-
-@kernel
-def _multiply_by_jacobian(p, u, out, factor, inner):  # type: ignore[no-untyped-def]
-    for i in range(u.shape[0]):
-        sweep_jacobian(p[min(i, p.shape[0] - 1)], u[i], out[i], factor, inner)
-
-
-def multiply_by_jacobian(p: NDArray[Any], u: NDArray[Any], factor: float) -> NDArray[Any]:
-    """Return ``factor`` times the softmax's Jacobian (it is symmetric) at its output ``p``, times ``u``.
-
-    ``p`` (P or 1, C, B) and ``u`` (P, C, B), both contiguous and of one dtype -> (P, C, B).
-    """
-    out = np.empty_like(u)
-    _multiply_by_jacobian(p, u, out, u.dtype.type(factor), np.empty(u.shape[-1], u.dtype))
-    return out
 
 
 @sweep
@@ -72,15 +59,40 @@ def sweep_cross_entropy(z, targets, gradient, top, total):  # type: ignore[no-un
     return value / size
 
 
-@kernel
-def _cross_entropy(z, targets, values, gradient, top, total):  # type: ignore[no-untyped-def]
-    for i in range(z.shape[0]):
-        values[i] = sweep_cross_entropy(z[i], targets, gradient[i], top, total)
+@functools.cache
+def _compile() -> tuple[Callable[..., None], Callable[..., None]]:
+    digest = digest_sources(kernel_rows)
+
+    @kernel
+    def jacobian(p, u, out, factor, inner):  # type: ignore[no-untyped-def]
+        _ = digest
+        for i in range(u.shape[0]):
+            sweep_jacobian(p[min(i, p.shape[0] - 1)], u[i], out[i], factor, inner)
+
+    @kernel
+    def entropy(z, targets, values, gradient, top, total):  # type: ignore[no-untyped-def]
+        _ = digest
+        for i in range(z.shape[0]):
+            values[i] = sweep_cross_entropy(z[i], targets, gradient[i], top, total)
+
+    return jacobian, entropy
+
+
+def multiply_by_jacobian(p: NDArray[Any], u: NDArray[Any], factor: float) -> NDArray[Any]:
+    """Return ``factor`` times the softmax's Jacobian (it is symmetric) at its output ``p``, times ``u``.
+
+    ``p`` (P or 1, C, B) and ``u`` (P, C, B), both contiguous and of one dtype -> (P, C, B).
+    """
+    out = np.empty_like(u)
+    jacobian, _ = _compile()
+    jacobian(p, u, out, u.dtype.type(factor), np.empty(u.shape[-1], u.dtype))
+    return out
 
 
 def cross_entropy(z: NDArray[Any], targets: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return the mean cross-entropy (P,) of logits ``z`` (P, C, B) against one-hot ``targets`` (C, B), and d/dz."""
     values, gradient = np.empty(len(z), z.dtype), np.empty_like(z)
     top, total = np.empty((2, z.shape[-1]), z.dtype)
-    _cross_entropy(z, targets, values, gradient, top, total)
+    _, entropy = _compile()
+    entropy(z, targets, values, gradient, top, total)
     return values, gradient
