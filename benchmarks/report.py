@@ -126,7 +126,7 @@ def format_searches(results: Mapping[str, Any]) -> str:
             f"{r['peak_memory'] / 2**20:.0f} MiB",
             str(r["evaluated"]),
             f"{r['best_fitness']:.4g}" if r["best_fitness"] is not None else "none",
-            f"`{r['best_expression']}`",
+            str(r["best_complexity"]) if r["best_complexity"] is not None else "none",
         ]
         for name, r in results.items()
     ]
@@ -138,7 +138,7 @@ def format_searches(results: Mapping[str, Any]) -> str:
         "most memory",
         "trained",
         "best fitness",
-        "best loss",
+        "its nodes",
     ]
     return make_table(header, rows)
 

@@ -186,7 +186,7 @@ class PooledConvolution(Products):
         height = (shape[1] - convolution.kernel_size[0]) // convolution.stride[0] + 1
         width = shape[2] - convolution.kernel_size[1] + 1
         return (
-            type(activation).__name__ in ACTIVATIONS
+            type(activation) in (nn.Tanh, nn.Sigmoid, nn.ReLU)
             and convolution.stride[1] == 1
             and pool.divisor_override is None
             and pool.padding in (0, (0, 0))
