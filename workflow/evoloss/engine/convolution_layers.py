@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from evoloss.engine.convolution_activations import ACTIVATIONS
-from evoloss.engine.convolution_kernels import (
+from evoloss.engine.convolution_pooled_kernels import compile_pooled_kernels
+from evoloss.engine.row_products import (
     LENGTH,
     ROWS,
     add_dot_products,
@@ -29,7 +30,6 @@ from evoloss.engine.convolution_kernels import (
     scatter_rows,
     sum_rows,
 )
-from evoloss.engine.convolution_pooled_kernels import compile_pooled_kernels
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]

@@ -2,7 +2,7 @@
 
 All three share arguments. ``window`` is (rows, columns, batch); ``kind`` a place in `ACTIVATIONS`; ``y`` (C, H, W * B)
 the activation's output; ``pooled`` (C, H / rows, W / columns * B) that of the pooling; ``row`` (C, W * B) is
-overwritten. The others are as `evoloss.engine.convolution_kernels` takes them.
+overwritten. The others are as `evoloss.engine.row_products` takes them.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from evoloss.engine import convolution_activations, convolution_kernels
+from evoloss.engine import convolution_activations, row_products
 from evoloss.engine.convolution_activations import activate_row, slope_row
-from evoloss.engine.convolution_kernels import (
+from evoloss.engine.kernel_rows import digest_sources
+from evoloss.engine.row_products import (
     dot_row,
     multiply_row,
     product_kernel,
     row_block,
     scatter_row,
 )
-from evoloss.engine.kernel_rows import digest_sources
 
 
 @row_block
@@ -44,7 +44,7 @@ def compile_pooled_kernels() -> tuple[
     Callable[..., None], Callable[..., None], Callable[..., None]
 ]:
     """Return ``convolve_and_pool``, ``pool_tangent`` and ``pool_backward``."""
-    digest = digest_sources(convolution_activations, convolution_kernels)
+    digest = digest_sources(convolution_activations, row_products)
 
     @product_kernel
     def convolve_and_pool(weights, x, x_starts, taps, y, pooled, window, kind, sums, bias):  # type: ignore[no-untyped-def]

@@ -1,6 +1,6 @@
 """The fast path of convolutional networks on a CPU, LeNet-5 and its like: every layer and its derivatives by hand.
 
-`evoloss.engine.convolution_kernels` says why it is fast. What a meta-step's candidates share are the activations at the
+`evoloss.engine.row_products` says why it is fast. What a meta-step's candidates share are the activations at the
 initial parameters: J^T u is a backward pass through them and J g a tangent pass, so that no graph is built and nothing
 is computed twice.
 """

@@ -14,18 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evoloss.engine import (
-    convolution_kernels,
     kernel_forward,
     kernel_reverse,
     kernel_rows,
     kernels,
+    row_products,
     softmax_kernels,
-)
-from evoloss.engine.convolution_kernels import (
-    make_blocks,
-    make_sums,
-    multiply_row,
-    pad_offsets,
 )
 from evoloss.engine.kernel_rows import TERMINALS, digest_sources, kernel
 from evoloss.engine.kernels import (
@@ -35,13 +29,19 @@ from evoloss.engine.kernels import (
     sweep_gradient,
     sweep_mixed,
 )
+from evoloss.engine.row_products import (
+    make_blocks,
+    make_sums,
+    multiply_row,
+    pad_offsets,
+)
 from evoloss.engine.softmax_kernels import sweep_cross_entropy, sweep_jacobian
 
 
 @functools.cache
 def _compile() -> Callable[..., None]:
     digest = digest_sources(
-        *(convolution_kernels, kernel_forward, kernel_reverse),
+        *(row_products, kernel_forward, kernel_reverse),
         *(kernel_rows, kernels, softmax_kernels),
     )
 

@@ -1,4 +1,6 @@
-"""Kernels of the convolutional path, compiled with numba: convolution as products of weights and shifted rows.
+"""Products of weights and rows at offsets, compiled with numba: matrix products, and convolution without copies.
+
+The convolutional path is made of them, and the compiled meta-step of linear classifiers; no path owns them.
 
 Images are stored batch-innermost, (channels, height, width, batch), so one row of an image is contiguous over columns
 *and* samples, and a kernel tap is a shift of the whole row. A convolution, its transpose and its weight gradient are
