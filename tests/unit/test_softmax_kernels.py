@@ -39,6 +39,19 @@ def test_a_logit_that_is_not_finite_is_never_hidden(bad: float) -> None:
     assert not np.isfinite(values[1])
 
 
+def test_another_class_may_be_impossible() -> None:
+    z = np.zeros((1, 3, 20), dtype=np.float32)
+    z[0, 2, 5] = -np.inf
+    y = np.ones(20, dtype=int)
+    values, gradient = cross_entropy(z, np.eye(3, dtype=np.float32)[:, y])
+    logits = torch.from_numpy(z[0].T.copy()).requires_grad_()
+    expected = functional.cross_entropy(logits, torch.from_numpy(y))
+    expected.backward()
+    assert values[0] == pytest.approx(expected.item(), rel=1e-6)
+    assert logits.grad is not None
+    np.testing.assert_allclose(gradient[0], logits.grad.numpy().T, atol=1e-8)
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_jacobian_equals_autograd(shared: bool) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -53,7 +53,8 @@ def sweep_cross_entropy(z, targets, gradient, top, total):  # type: ignore[no-un
         zc, gc, tc = z[c], gradient[c], targets[c]
         for b in range(size):
             gc[b] = scale * (gc[b] / total[b] - tc[b])
-            value += tc[b] * (top[b] - zc[b])
+            # another class may have the logit -inf, its probability 0
+            value += tc[b] * (top[b] - zc[b]) if tc[b] != 0 else 0.0
     for b in range(size):
         value += log(total[b])
     return value / size
