@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -91,6 +92,21 @@ def test_chunks_are_halved_until_they_fit(fitting: int) -> None:
     tried.clear()
     chunks.run(chunks.split(range(25)), work)
     assert max(tried) <= fitting
+
+
+def test_chunks_of_nearly_one_size_lower_the_limit_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Parts that were trained together may fail one after the other when they are evaluated."""
+
+    def work(chunk: tuple[int, ...]) -> None:
+        if len(chunk) > 4:
+            raise MemoryError
+
+    chunks = Chunks("evaluate", 8)
+    edges = [0, 6, 13, 19, 26]
+    chunks.run([tuple(range(a, b)) for a, b in itertools.pairwise(edges)], work)
+    assert len(caplog.messages) == 1
+    assert "6 losses at once: going on with at most 3 at a time" in caplog.messages[0]
+    assert max(map(len, chunks.split(range(26)))) <= 3
 
 
 def test_other_errors_and_a_single_network_are_not_tried_again() -> None:

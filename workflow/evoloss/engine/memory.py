@@ -73,14 +73,14 @@ class Chunks:
                     raise ModelError(self._describe_failure(error)) from error
             # outside of the except clause, where the traceback would keep the failed work's tensors alive
             limit = -(-len(chunk) // 2)
-            if limit != self._limit:  # of several chunks of one size that fail, the first says so
+            if self._limit is None or limit < self._limit:
+                self._limit = limit  # it never rises: of several chunks that fail, the first says so
                 logger.warning(
                     "not enough memory to %s with %d losses at once: going on with at most %d at a time",
                     self._what,
                     len(chunk),
                     limit,
                 )
-            self._limit = limit
             pieces = self.split(chunk)
             halves.update(pieces)
             waiting[:0] = pieces
