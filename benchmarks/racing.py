@@ -11,7 +11,6 @@ import argparse
 import logging
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +20,8 @@ from typing import Any
 import torch
 
 from benchmarks.machine import describe_machine
+from benchmarks.search import read_paper_search
+from benchmarks.workloads import DATA_SEED, load_dataset, make_workload
 from evoloss.engine import Engine, LocalSearchSettings, TrainingSettings
 from evoloss.engine.filters import RejectionSettings
 from evoloss.engine.racing import RacingSettings
@@ -28,8 +29,7 @@ from evoloss.expressions import compile_expression, parse_expression
 from evoloss.results import write_json
 from evoloss.search.gp_search import GPSearch, SearchSettings
 from evoloss.search.individuals import VariationSettings
-from evoloss.tasks import Task, load_task
-from evoloss.tasks.datasets import prepare_dataset, save_dataset
+from evoloss.tasks import Task
 
 logger = logging.getLogger(__name__)
 
@@ -40,39 +40,68 @@ MOST_GENERATIONS = 4
 
 @dataclass(frozen=True)
 class RacingWorkload:
-    """One model on one dataset, with budgets small enough for a search of seconds."""
+    """One model on one task, and the search for its losses without racing."""
 
-    dataset: str
+    make_task: Callable[[], Task]
     model: str
     settings: TrainingSettings
-    fitness_steps: int
-    label_noise: Mapping[str, Any] | None = None
+    search: SearchSettings
     model_options: Mapping[str, Any] = field(default_factory=dict)
 
     def build_engine(self) -> Engine:
         """Return an engine on the CPU."""
-        arrays, card = prepare_dataset(self.dataset, data_seed=0)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / f"{self.dataset}.npz"
-            save_dataset(arrays, card, path, path.with_suffix(".json"))
-            task: Task = load_task(self.dataset, path, label_noise=self.label_noise, data_seed=0)
         cpu = torch.device("cpu")
-        return Engine(task, self.model, self.settings, cpu, **self.model_options)
+        return Engine(self.make_task(), self.model, self.settings, cpu, **self.model_options)
 
 
-WORKLOADS = {
-    "softmax-noisy": RacingWorkload(
-        "mnist5k", "linear", TrainingSettings(64, 0.05), 250, {"kind": "symmetric", "rate": 0.6}
-    ),
-    "small-mlp": RacingWorkload(
-        "diabetes",
+def make_small_search(fitness_steps: int) -> SearchSettings:
+    """Return a search of seconds."""
+    return SearchSettings(
+        population_size=25,
+        num_generations=12,
+        fitness_steps=fitness_steps,
+        variation=VariationSettings(4, 1.4, 0.70, 0.25, 0.05, 2, 4, 10),
+        rejection=RejectionSettings(100, 100, 0.01, 2),
+        local_search=LocalSearchSettings(20, 1, 0.01),
+        initial_deviation=1e-3,
+    )
+
+
+def make_noisy_softmax() -> RacingWorkload:
+    """Return softmax regression on digits of which 60 % of the training labels are random."""
+    noise = {"kind": "symmetric", "rate": 0.6}
+    return RacingWorkload(
+        lambda: load_dataset("mnist5k", label_noise=noise, data_seed=DATA_SEED),
+        "linear",
+        TrainingSettings(64, 0.05),
+        make_small_search(250),
+    )
+
+
+def make_small_mlp() -> RacingWorkload:
+    """Return a 10-16-16-1 MLP on diabetes."""
+    return RacingWorkload(
+        lambda: load_dataset("diabetes"),
         "mlp",
         TrainingSettings(32, 0.01, 0.9, True, 5e-4),
-        160,
-        model_options={"widths": (16, 16)},
-    ),
+        make_small_search(160),
+        {"widths": (16, 16)},
+    )
+
+
+def make_paper_racing(name: str) -> RacingWorkload:
+    """Return a workload of `benchmarks.workloads` with the search of the paper's preset."""
+    w = make_workload(name)
+    return RacingWorkload(w.make_task, w.model, w.settings, read_paper_search(w), w.model_options)
+
+
+WORKLOADS: dict[str, Callable[[], RacingWorkload]] = {
+    "softmax-noisy": make_noisy_softmax,
+    "small-mlp": make_small_mlp,
+    "lenet5": lambda: make_paper_racing("lenet5"),
+    "mlp": lambda: make_paper_racing("mlp"),
 }
-"""Name on the command line: what is searched for."""
+"""Name on the command line: what is searched for. The last two take an hour a seed unless cut down by options."""
 
 
 class _EnoughError(Exception):
@@ -163,15 +192,26 @@ def summarise(results: Sequence[dict[str, Row]]) -> dict[str, dict[str, Any]]:
     return summary
 
 
+def cut_down(settings: SearchSettings, options: argparse.Namespace) -> SearchSettings:
+    """Return the search with the budgets that were given on the command line."""
+    names = {"num_generations": options.generations, "fitness_steps": options.fitness_steps}
+    given = {name: value for name, value in names.items() if value is not None}
+    local = settings.local_search
+    if options.meta_steps is not None and local is not None:
+        given["local_search"] = replace(local, meta_steps=options.meta_steps)
+    return replace(settings, **given)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Measure, print a line for every comparison, and write the JSON file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.racing", description=__doc__)
-    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    small = ["softmax-noisy", "small-mlp"]
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=small)
     parser.add_argument("--seeds", type=int, default=6, help="searches of each kind (default: 6)")
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--population", type=int, default=25)
-    parser.add_argument("--generations", type=int, default=12)
-    parser.add_argument("--meta-steps", type=int, default=20, help="of the local search; 0: none")
+    parser.add_argument("--generations", type=int, help="instead of the workload's own number")
+    parser.add_argument("--meta-steps", type=int, help="of the local search, likewise")
+    parser.add_argument("--fitness-steps", type=int, help="likewise")
     parser.add_argument("--reduction", type=int, default=2)
     parser.add_argument("--first-rung", type=float, default=0.25)
     parser.add_argument("--json", type=Path, help="write the results to this file")
@@ -182,19 +222,8 @@ def main(arguments: Sequence[str]) -> int:
     racing = RacingSettings(options.reduction, options.first_rung)
     report: dict[str, Any] = {"machine": describe_machine(torch.device("cpu")), "racing": {}}
     for name in options.workloads:
-        workload = WORKLOADS[name]
-        engine = workload.build_engine()
-        settings = SearchSettings(
-            population_size=options.population,
-            num_generations=options.generations,
-            fitness_steps=workload.fitness_steps,
-            variation=VariationSettings(4, 1.4, 0.70, 0.25, 0.05, 2, 4, 10),
-            rejection=RejectionSettings(100, 100, 0.01, 2),
-            local_search=LocalSearchSettings(options.meta_steps, 1, 0.01)
-            if options.meta_steps
-            else None,
-            initial_deviation=1e-3 if options.meta_steps else 0.0,
-        )
+        workload = WORKLOADS[name]()
+        engine, settings = workload.build_engine(), cut_down(workload.search, options)
         # compiles the kernels and starts the libraries, which the first search would pay for alone
         run_search(engine, replace(settings, num_generations=1), options.first_seed)
         results = []

@@ -48,13 +48,13 @@ class Workload:
         return Engine(self.make_task(), self.model, self.settings, device, **self.model_options)
 
 
-def load_dataset(name: str) -> Task:
-    """Return a task on a built-in dataset, split as the default configuration splits it."""
+def load_dataset(name: str, **task_options: Any) -> Task:
+    """Return a task on a built-in dataset, split as the default configuration splits it; options of `load_task`."""
     arrays, card = prepare_dataset(name, data_seed=DATA_SEED)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{name}.npz"
         save_dataset(arrays, card, path, path.with_suffix(".json"))
-        return load_task(name, path)
+        return load_task(name, path, **task_options)
 
 
 def read_paper_section(section: str, task: str) -> dict[str, Any]:
