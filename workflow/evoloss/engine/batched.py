@@ -84,7 +84,7 @@ class BatchedPath:
     """Trains P networks as one; results equal those of the general path up to rounding."""
 
     name = "batched"
-    shares_meta_steps = False
+    compiled_meta_steps = None
 
     def __init__(self, task: Task, model: nn.Module, settings: TrainingSettings) -> None:
         self.task = task

@@ -67,7 +67,7 @@ class ConvolutionalPath:
     """Trains P convolutional networks in turn; results equal those of the general path up to rounding."""
 
     name = "convolutional"
-    shares_meta_steps = False
+    compiled_meta_steps = None
 
     def __init__(self, task: Task, model: nn.Module, settings: TrainingSettings) -> None:
         self.task = task

@@ -82,7 +82,7 @@ class DensePath:
     """Trains P dense networks; results equal those of the general path up to rounding."""
 
     name = "dense"
-    shares_meta_steps = False
+    compiled_meta_steps = None
 
     def __init__(self, task: Task, model: nn.Module, settings: TrainingSettings) -> None:
         self.task = task

@@ -64,7 +64,7 @@ class GeneralPath:
     """Trains P copies of ``model`` in turn."""
 
     name = "general"
-    shares_meta_steps = False
+    compiled_meta_steps = None
 
     def __init__(self, task: Task, model: nn.Module, settings: TrainingSettings) -> None:
         self.task = task

@@ -11,14 +11,18 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from evoloss.engine.linear_kernel import linear_meta_gradients
+from evoloss.engine.linear_kernel import (
+    LinearArrays,
+    linear_meta_gradients,
+    take_linear_meta_steps,
+)
+from evoloss.engine.loss_params import LossParams
 from evoloss.engine.optimizer import OptimizerState, update_parameters
 from evoloss.engine.population_loss import OutputLoss, PopulationLoss, TaskLoss, activate
 from evoloss.engine.products import product
@@ -71,13 +75,13 @@ class LinearContext:
     outer_y: Tensor
 
     @functools.cached_property
-    def arrays(self) -> tuple[NDArray[Any], ...]:
-        """What `linear_meta_gradients` takes, classes first."""
+    def arrays(self) -> LinearArrays:
+        """What the compiled meta-steps take: numpy arrays, classes first."""
         tensors = (
             *(self.inner_predictions[0].t(), self.inner_targets.t(), self.gram, self.gram_t),
             *(self.outer_outputs, self.outer_targets.t()),
         )
-        return tuple(tensor.numpy() for tensor in tensors)
+        return LinearArrays(*(tensor.numpy() for tensor in tensors))
 
     @property
     def nbytes(self) -> int:
@@ -104,12 +108,12 @@ class LinearPath:
     def __init__(self, task: Task, model: nn.Module, settings: TrainingSettings) -> None:
         self.task = task
         self.settings = settings
-        # one compiled call a meta-step: a thread of Python's then keeps no other waiting
-        self.shares_meta_steps = (
+        self._is_compiled = (
             task.kind == "classification"
             and task.num_outputs > 1
             and task.train.x.device.type == "cpu"
         )
+        self.compiled_meta_steps = self._take_meta_steps if self._is_compiled else None
 
     @classmethod
     def find_obstacle(cls, task: Task, model: nn.Module, settings: TrainingSettings) -> str | None:
@@ -221,15 +225,21 @@ class LinearPath:
         """See `evoloss.engine.path.Path`."""
         c = context
         rate = self.settings.first_step_rate
-        if self.shares_meta_steps:
-            found = linear_meta_gradients(loss.packed, rate, *c.arrays)
-            return torch.from_numpy(found[0]), found[1]
+        if self._is_compiled:
+            values, gradient = linear_meta_gradients(loss.packed, rate, c.arrays)
+            return torch.from_numpy(values), gradient
         upstream = loss.output_gradients_at(c.inner_predictions, c.inner_targets).mT
         steps = product(upstream.flatten(0, 1), c.gram_t).view(loss.size, *c.outer_outputs.shape)
         stepped = torch.add(c.outer_outputs, steps, alpha=-rate)
-        values, outer_upstream = TaskLoss(self.task).values_and_gradients(
+        outer_losses, outer_upstream = TaskLoss(self.task).values_and_gradients(
             stepped.mT, c.outer_targets, c.outer_y
         )
         directions = product(outer_upstream.mT.flatten(0, 1), c.gram).view_as(upstream).mT
         gradient = loss.weight_gradients_at(c.inner_predictions, c.inner_targets, directions)
-        return values, -rate * gradient
+        return outer_losses, -rate * gradient
+
+    def _take_meta_steps(
+        self, contexts: Sequence[LinearContext], loss: PopulationLoss, params: LossParams
+    ) -> None:
+        steps = [context.arrays for context in contexts]
+        take_linear_meta_steps(loss.packed, self.settings.first_step_rate, steps, params)

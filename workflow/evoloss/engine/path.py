@@ -6,13 +6,14 @@ A path handles a family of networks. Each fast path is one module that nothing e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from evoloss.engine.loss_params import LossParams
 from evoloss.engine.population_loss import OutputLoss, PopulationLoss
 from evoloss.engine.settings import TrainingSettings
 from evoloss.engine.streams import Batch
@@ -28,12 +29,21 @@ class Context(Protocol):
         ...
 
 
+CompiledMetaSteps = Callable[[Sequence[Any], PopulationLoss, LossParams], None]
+
+
 class Path(Protocol):
     """One way to train a population; ``task`` and ``model`` are on the device and of the dtype they run in."""
 
     name: str
-    shares_meta_steps: bool
-    """Whether local search shares its candidates out among threads; if not, `meta_gradients` uses all of them."""
+
+    @property
+    def compiled_meta_steps(self) -> CompiledMetaSteps | None:
+        """Takes one meta-step after the other, on the loss's weights and its loss parameters, in compiled calls.
+
+        A thread then keeps no other waiting. None: local search asks for `meta_gradients`, which uses all threads.
+        """
+        ...
 
     def __init__(self, task: Task, model: nn.Module, settings: TrainingSettings) -> None: ...
 

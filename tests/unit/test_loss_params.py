@@ -1,0 +1,112 @@
+"""Loss parameters during a local search: Adam as torch defines it, and compiled meta-steps like single ones."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from toy_tasks import make_toy_task
+
+from evoloss.engine import Engine, LocalSearchSettings, TrainingSettings
+from evoloss.engine.loss_params import LossParams, join_progress
+from evoloss.expressions import Program, compile_weighted_tree, parse_expression
+
+FORMULAS = (
+    "square(sub(y, f(x)))",
+    "mul(-1, mul(y, log(f(x))))",
+    "log(sub(f(x), f(x)))",  # its gradient is not finite
+    "tanh(mul(y, f(x)))",
+)
+
+
+def make_programs() -> list[Program]:
+    return [compile_weighted_tree(parse_expression(formula)) for formula in FORMULAS]
+
+
+def draw_gradients(params: LossParams, count: int) -> NDArray[np.float64]:
+    generator = np.random.default_rng(0)
+    scale = 10.0 ** generator.uniform(-12, 3, len(params.weights))
+    return generator.standard_normal((count, len(params.weights))) * scale
+
+
+def test_steps_are_those_of_torch() -> None:
+    params = LossParams(make_programs(), 0.03)
+    expected = torch.from_numpy(params.weights.copy()).requires_grad_()
+    adam = torch.optim.Adam([expected], lr=0.03)
+    for gradient in draw_gradients(params, 40):
+        expected.grad = torch.from_numpy(np.where(params.trainable, gradient, 0.0))
+        adam.step()
+        params.update(gradient)
+    np.testing.assert_allclose(params.weights, expected.detach().numpy(), rtol=1e-12)
+    assert params.num_steps == 40
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_gradient_that_is_not_finite_ends_its_candidate_alone(bad: float) -> None:
+    found, expected = LossParams(make_programs(), 0.01), LossParams(make_programs(), 0.01)
+    first = found.offsets[1] + int(np.flatnonzero(found.trainable[found.offsets[1] :])[0])
+    own = slice(found.offsets[1], found.offsets[2])
+    for step, gradient in enumerate(draw_gradients(found, 5)):
+        if step == 2:
+            before = found.weights[own].copy()
+            expected.update(gradient)
+            gradient[first] = bad
+            found.update(gradient)
+        else:
+            expected.update(gradient)
+            found.update(gradient)
+    assert found.alive.tolist() == [True, False, True, True]
+    np.testing.assert_array_equal(found.weights[own], before)
+    others = np.ones(len(found.weights), dtype=bool)
+    others[own] = False
+    np.testing.assert_array_equal(found.weights[others], expected.weights[others])
+
+
+def test_what_is_not_trained_may_have_any_gradient_and_stays() -> None:
+    params = LossParams(make_programs(), 0.01)
+    before = params.weights.copy()
+    assert not params.trainable.all()
+    params.update(np.where(params.trainable, 1.0, np.nan))
+    assert params.alive.all()
+    np.testing.assert_array_equal(params.weights != before, params.trainable)
+
+
+def test_shares_come_back_from_the_progress_of_all() -> None:
+    programs = make_programs()
+    whole, shares = (
+        LossParams(programs, 0.01),
+        [LossParams(programs[i:j], 0.01) for i, j in ((0, 1), (1, 4))],
+    )
+    for gradient in draw_gradients(whole, 3):
+        whole.update(gradient)
+    weight = program = 0
+    for share in shares:
+        share.restore(whole.describe(), program, weight)
+        weight, program = weight + len(share.weights), program + len(share.alive)
+    joined, expected = join_progress([share.describe() for share in shares]), whole.describe()
+    assert joined.keys() == expected.keys()
+    for name, value in expected.items():
+        assert np.array_equal(joined[name], value), name
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_compiled_meta_steps_equal_single_ones(precision: str) -> None:
+    settings = TrainingSettings(16, 0.05, precision=precision)
+    engine = Engine(make_toy_task(), "linear", settings, torch.device("cpu"))
+    assert engine.path.compiled_meta_steps is not None
+    search = LocalSearchSettings(60, 1, 0.01)
+    found = engine.local_search(make_programs(), search, 0)
+    # whoever wants to look after every step gets steps one by one
+    looked: list[int] = []
+    single = engine.local_search(
+        make_programs(), search, 0, on_step=lambda step, values, programs: looked.append(step)
+    )
+    assert looked == list(range(1, 61))
+    for one, other in zip(found, single, strict=True):
+        np.testing.assert_allclose(one.loss_params, other.loss_params, rtol=1e-5)
+    moved = [
+        not np.array_equal(one.loss_params, start.loss_params)
+        for one, start in zip(found, make_programs(), strict=True)
+    ]
+    assert moved == [True, True, False, True]
