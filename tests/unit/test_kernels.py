@@ -81,6 +81,31 @@ def test_kernels_equal_autograd(tree: Expression, seed: int) -> None:
         close(m[len(program) :], mixed, np.abs(mixed).max() + 1)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(trees(), st.integers(1, 5)), min_size=1, max_size=4),
+    st.sampled_from([1, 7, 100, 256, 300]),
+    st.integers(0, 2**31),
+)
+def test_networks_of_one_loss_share_blocks(
+    runs: list[tuple[Expression, int]], samples: int, seed: int
+) -> None:
+    """Networks of one loss are evaluated in one row of blocks: exactly what each of them gives alone."""
+    rng = np.random.default_rng(seed)
+    programs = []
+    for tree, count in runs:
+        program = compile_weighted_tree(tree)
+        other = program.with_loss_params(1.5 * program.loss_params)  # differs in its weights alone
+        programs += [*[program] * count, other]
+    y = rng.uniform(0.1, 1.0, samples)
+    f = rng.uniform(-1.0, 1.0, (len(programs), samples))
+    value, gradient = loss_gradients(pack_programs(programs, np.float64), y, f)
+    for p, program in enumerate(programs):
+        alone = loss_gradients(pack_programs([program], np.float64), y, f[p : p + 1])
+        np.testing.assert_array_equal(value[p], alone[0][0])
+        np.testing.assert_array_equal(gradient[p], alone[1][0])
+
+
 @pytest.mark.parametrize("name", list(OPERATORS))
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_every_operator_is_finite(name: str, dtype: type) -> None:

@@ -7,6 +7,7 @@ over the threads.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -27,8 +28,8 @@ from evoloss.engine.streams import Batch
 from evoloss.engine.threads import map_on_threads
 from evoloss.tasks import Task
 
-STACK_BYTES = 2**22
-"""A stack's parameters, gradients, moments and activations take about as much, or it is one network."""
+STACK_BYTES = 2**23
+"""A stack's parameters, gradients, moments and activations take at most about as much, or it is one network."""
 
 MAX_JACOBIAN_BYTES = 2**28
 """Meta-gradients keep the outputs' Jacobian by all layers' values; a network with a larger one goes another path."""
@@ -117,28 +118,36 @@ class DensePath:
 
     def start(self, models: Sequence[nn.Module]) -> list[Stack]:
         """See `evoloss.engine.path.Path`."""
-        networks = []
-        for model in models:
-            layers = read_layers(model)
-            assert not isinstance(layers, str)
-            params = [p.unsqueeze(0) for layer in layers for p in layer.params]
-            networks.append(Stack(params, OptimizerState()))
-        # a network alone in its stack must not share the model's own memory
+        distinct = {id(model): model for model in models}
+        place = {key: i for i, key in enumerate(distinct)}
+        params = zip(*(self._params(model) for model in distinct.values()), strict=True)
+        initial = [torch.stack(tensors) for tensors in params]
+        chosen = [place[id(model)] for model in models]
+        # an index copies: no network shares memory with another or with its model
         return [
-            Stack([p.clone() for p in stack.params], stack.optimizer) if len(stack) == 1 else stack
-            for stack in self._stack(networks)
+            Stack([p[chosen[part]] for p in initial], OptimizerState())
+            for part in self._stacks(len(chosen))
         ]
 
-    def _stack(self, networks: Sequence[Stack]) -> list[Stack]:
-        return [
-            join_stacks(networks[i : i + self.stack_size])
-            for i in range(0, len(networks), self.stack_size)
-        ]
+    @staticmethod
+    def _params(model: nn.Module) -> list[Tensor]:
+        layers = read_layers(model)
+        assert not isinstance(layers, str)
+        return [p for layer in layers for p in layer.params]
+
+    def _stacks(self, size: int) -> Iterator[slice]:
+        """Return the networks of every stack: one that holds all, or as many for each thread and of one size."""
+        count = -(-size // self.stack_size)
+        if count > 1:
+            count = min(size, count + -count % torch.get_num_threads())
+        edges = [size * i // count for i in range(count + 1)]
+        return (slice(a, b) for a, b in itertools.pairwise(edges))
 
     def select(self, state: list[Stack], keep: Sequence[int]) -> list[Stack]:
         """See `evoloss.engine.path.Path`."""
         networks = [network for stack in state for network in stack.split()]
-        return self._stack([networks[p] for p in keep])
+        chosen = [networks[p] for p in keep]
+        return [join_stacks(chosen[part]) for part in self._stacks(len(chosen))]
 
     @torch.no_grad()
     def advance(

@@ -171,6 +171,20 @@ def load(x, source, start, rest):  # type: ignore[no-untyped-def]
 
 
 @row_function
+def load_repeated(x, source, start, count, rest):  # type: ignore[no-untyped-def]
+    """Fill a row's first ``count`` elements from ``start`` of endlessly repeated ``source``, others with ``rest``."""
+    if count < BLOCK:
+        fill(x, rest)
+    place, done = start % source.size, 0
+    while done < count:
+        part = source[place : place + count - done]
+        for e in range(part.size):
+            x[done + e] = part[e]
+        done += part.size
+        place = 0
+
+
+@row_function
 def store(target, start, x, w):  # type: ignore[no-untyped-def]
     """Write ``w`` times a row to ``target[start:]``, as far as that goes."""
     part = target[start : start + BLOCK]

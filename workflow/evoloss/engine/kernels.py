@@ -35,6 +35,7 @@ from evoloss.engine.kernel_rows import (
     find_row,
     kernel,
     load,
+    load_repeated,
     store,
     sweep,
 )
@@ -97,10 +98,10 @@ def pack_programs(programs: Sequence[Program], dtype: Any = np.float32) -> Packe
 
 @sweep
 def sweep_gradient(ops, a, b, w, lo, hi, y, f, value, gradient, x, d):  # type: ignore[no-untyped-def]
-    """Do what `loss_gradients` does, for the program ``lo:hi``."""
+    """Do what `loss_gradients` does, for the program ``lo:hi``; ``f`` holds one or more times as many as ``y``."""
     root = find_row(ops, lo, hi - lo - 1)
-    for start in range(0, y.shape[0], BLOCK):
-        load(x[0], y, start, y[start])
+    for start in range(0, f.size, BLOCK):
+        load_repeated(x[0], y, start, min(BLOCK, f.size - start), y[start % y.size])
         load(x[1], f, start, f[start])
         sweep_forward(ops, a, b, w, lo, hi, x, d)
         store(value, start, x[root], w[hi - 1])
@@ -121,6 +122,19 @@ def sweep_mixed(ops, a, b, w, lo, hi, y, f, u, out, x, d, ap, aq, written):  # t
         sweep_reverse(ops, a, b, w, lo, hi, x, d, ap, aq, written, out)
 
 
+@sweep
+def is_repeated(ops, a, b, w, offsets, p):  # type: ignore[no-untyped-def]
+    """Tell whether program ``p`` and its weights equal those of the program before it."""
+    before, lo, hi = offsets[p - 1], offsets[p], offsets[p + 1]
+    if hi - lo != lo - before:
+        return False
+    for i in range(hi - lo):
+        j, k = before + i, lo + i
+        if ops[j] != ops[k] or a[j] != a[k] or b[j] != b[k] or w[j] != w[k]:
+            return False
+    return True
+
+
 @functools.cache
 def compile_kernels() -> tuple[Callable[..., None], Callable[..., None]]:
     """Return the two compiled functions behind `loss_gradients` and `mixed_gradients`."""
@@ -130,11 +144,23 @@ def compile_kernels() -> tuple[Callable[..., None], Callable[..., None]]:
     def gradients(ops, a, b, w, offsets, y, f, value, gradient, x, d):  # type: ignore[no-untyped-def]
         _ = digest
         fill_constants(x, d)
-        for p in range(offsets.shape[0] - 1):
-            fp = f[min(p, f.shape[0] - 1)]
+        n, p = y.size, 0
+        values, gradients, predictions = value.reshape(-1), gradient.reshape(-1), f.reshape(-1)
+        while p < offsets.size - 1:
+            # networks of one loss follow each other; few samples of each fill the blocks together
+            end = p + 1
+            while (
+                f.shape[0] > 1
+                and end < offsets.size - 1
+                and is_repeated(ops, a, b, w, offsets, end)
+            ):
+                end += 1
+            own = slice(p * n, end * n)
+            fp = predictions[own] if f.shape[0] > 1 else predictions
             sweep_gradient(
-                ops, a, b, w, offsets[p], offsets[p + 1], y, fp, value[p], gradient[p], x, d
+                ops, a, b, w, offsets[p], offsets[p + 1], y, fp, values[own], gradients[own], x, d
             )  # fmt: skip
+            p = end
 
     @kernel
     def mixed(ops, a, b, w, offsets, y, f, u, out, x, d, ap, aq, written):  # type: ignore[no-untyped-def]
