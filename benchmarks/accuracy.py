@@ -2,14 +2,15 @@
 
 On a singular tree (log or sqrt of something that crosses 0, a kink at a sample) no two float32 programs agree. It is
 regular if its result is finite, not zero, and moves by at most `SENSITIVITY` (relative) when every loss parameter and,
-for the meta-gradient, every parameter of the initial model moves by one float32 step. For the meta-gradient the oracle
-itself, in float32, is asked; for phi after a local search, which takes the oracle minutes, the engine in float32.
+for the meta-gradient, every parameter of the initial model moves by one float32 step up or down, `MOVES` times at
+random: a single move may leave a sample on its side of a kink by luck. For the meta-gradient the oracle itself, in
+float32, is asked; for phi after a local search, which takes the oracle minutes, the engine in float32.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -25,11 +26,12 @@ from benchmarks.workloads import Workload
 from evoloss.engine import Engine
 from evoloss.errors import DataError
 from evoloss.expressions import Program
-from evoloss.seeding import numpy_generator
+from evoloss.seeding import derive_seed, numpy_generator
 
 logger = logging.getLogger(__name__)
 
 SENSITIVITY = 1e-5
+MOVES = 3
 PATIENCE = 20
 """Trees drawn per regular tree before the drawing gives up."""
 
@@ -39,6 +41,11 @@ def relative_error(found: NDArray[np.float64], expected: NDArray[np.float64]) ->
     with np.errstate(all="ignore"):
         error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
     return error if np.isfinite(error) else np.inf
+
+
+def is_regular(here: NDArray[np.float64], moved: Iterable[NDArray[np.float64]]) -> bool:
+    """Tell whether none of the results for inputs nearby is far from the result ``here``."""
+    return all(relative_error(there, here) <= SENSITIVITY for there in moved)
 
 
 def iterate_programs(workload: Workload, seed: int) -> Iterator[tuple[int, Program]]:
@@ -82,10 +89,10 @@ def measure_meta_gradients(
             raise DataError(f"{workload.name}: only {len(errors)} of {number} trees are regular")
         expected = _differentiate(double, program, double.build_model(seed, number), seed, number)
         here = _differentiate(single, program, single.build_model(seed, number), seed, number)
-        moved_model = move_model_by_one_ulp(single.build_model(seed, number), number)
-        moved = move_by_one_ulp(program, number)
-        there = _differentiate(single, moved, moved_model, seed, number)
-        if not relative_error(there, here) <= SENSITIVITY or not np.isfinite(expected).all():
+        moved = (
+            _differentiate_nearby(single, program, move, seed, number) for move in range(MOVES)
+        )
+        if not np.isfinite(expected).all() or not is_regular(here, moved):
             left_out += 1
             continue
         errors.append(relative_error(_ask_engine(single, program, seed, number), expected))
@@ -132,6 +139,15 @@ def _differentiate(
     return gradient[program.trainable]
 
 
+def _differentiate_nearby(
+    engine: Engine, program: Program, move: int, *stream: int | str
+) -> NDArray[np.float64]:
+    """Do what `_differentiate` does for loss parameters and a model that have moved by one float32 step."""
+    seed = derive_seed(*stream, "move", move)
+    model = move_model_by_one_ulp(engine.build_model(*stream), seed)
+    return _differentiate(engine, move_by_one_ulp(program, seed), model, *stream)
+
+
 def _ask_engine(engine: Engine, program: Program, *stream: int | str) -> NDArray[np.float64]:
     inner, outer = (
         engine.batch(split, _draw_rows(engine, split, *stream)) for split in ("train", "validation")
@@ -157,11 +173,11 @@ def measure_local_searches(
             break
         if number > PATIENCE * count:
             raise DataError(f"{workload.name}: only {len(errors)} of {number} trees are regular")
-        here, there = (
+        here, *moved = (
             p.loss_params + single.run_engine([p], 0)[1][0]
-            for p in (program, move_by_one_ulp(program, number))
+            for p in (program, *(move_by_one_ulp(program, number + i) for i in range(MOVES)))
         )
-        if not relative_error(there, here) <= SENSITIVITY:
+        if not is_regular(here, moved):
             left_out += 1
             continue
         expected = program.loss_params + double.run_oracle([program], 0)[1][0]

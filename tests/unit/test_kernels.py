@@ -81,6 +81,22 @@ def test_kernels_equal_autograd(tree: Expression, seed: int) -> None:
         close(m[len(program) :], mixed, np.abs(mixed).max() + 1)
 
 
+def test_the_derivatives_of_tanh_in_float32_keep_their_accuracy_where_it_saturates() -> None:
+    """1 - tanh(f)^2 would lose all its digits there: with them, the meta-gradient of a loss that saturates."""
+    f = np.linspace(-30.0, 30.0, 20_001).astype(np.float32)
+    packed = pack_programs([compile_weighted_tree(call("tanh", F))], np.float32)
+    _, gradient = loss_gradients(packed, np.zeros_like(f), f[None])
+    exact = 1.0 / np.cosh(f.astype(np.float64)) ** 2
+    np.testing.assert_allclose(gradient[0], exact, rtol=8e-7)
+    for sample in (-12.0, -3.0, 0.5, 2.0, 9.0):
+        at = np.array([sample], dtype=np.float32)
+        mixed = mixed_gradients(packed, np.zeros_like(at), at[None], np.ones((1, 1), np.float32))
+        h, slope = np.tanh(sample), 1.0 / np.cosh(sample) ** 2
+        # of w1 tanh(w0 f): d/dw0 and d/dw1 of its derivative by f
+        expected = [slope - 2.0 * h * slope * sample, slope]
+        np.testing.assert_allclose(mixed, expected, rtol=2e-6)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.tuples(trees(), st.integers(1, 5)), min_size=1, max_size=4),

@@ -31,6 +31,7 @@ from evoloss.engine.kernel_rows import (
     sign,
     sweep,
     tanh,
+    tanh_slope,
 )
 
 
@@ -120,9 +121,9 @@ def _forward_sqrt(x, d, xa, da, wa):  # type: ignore[no-untyped-def]
 def _forward_tanh(x, d, xa, da, wa):  # type: ignore[no-untyped-def]
     one = x.dtype.type(1.0)
     for e in range(BLOCK):
-        h = tanh(wa * xa[e])
-        x[e] = h
-        d[e] = (one - h * h) * (wa * da[e])
+        v = wa * xa[e]
+        x[e] = tanh(v)
+        d[e] = tanh_slope(v, one) * (wa * da[e])
 
 
 @sweep

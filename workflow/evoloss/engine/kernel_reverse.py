@@ -33,6 +33,7 @@ from evoloss.engine.kernel_rows import (
     sum_product,
     sum_products,
     sweep,
+    tanh_slope,
 )
 
 
@@ -125,10 +126,10 @@ def _reverse_sqrt(pa, qa, p, q, wi, xi, xa, da, wa):  # type: ignore[no-untyped-
 
 
 @row_function
-def _reverse_tanh(pa, qa, p, q, wi, xi, da, wa):  # type: ignore[no-untyped-def]
+def _reverse_tanh(pa, qa, p, q, wi, xi, xa, da, wa):  # type: ignore[no-untyped-def]
     one, two = p.dtype.type(1.0), p.dtype.type(2.0)
     for e in range(BLOCK):
-        g1 = one - xi[e] * xi[e]
+        g1 = tanh_slope(wa * xa[e], one)
         pa[e] = (wi * p[e]) * g1 - (wi * q[e]) * (two * xi[e] * g1) * (wa * da[e])
         qa[e] = (wi * q[e]) * g1
 
@@ -190,7 +191,7 @@ def sweep_reverse(ops, a, b, w, lo, hi, x, d, p, q, written, out):  # type: igno
         elif op == SQRT:
             _reverse_sqrt(pa, qa, pj, qj, wi, xj, xa, da, wa)
         else:
-            _reverse_tanh(pa, qa, pj, qj, wi, xj, da, wa)
+            _reverse_tanh(pa, qa, pj, qj, wi, xj, xa, da, wa)
         if ta != ja:
             add_to(p[ja], pa)
             add_to(q[ja], qa)

@@ -128,29 +128,33 @@ def _overload_tanh(x):  # type: ignore[no-untyped-def]
         return lambda x: np.tanh(x)
 
     def tanh32(x):  # type: ignore[no-untyped-def]
-        # Cephes tanhf: an odd polynomial, or 1 - 2 / (exp(2 |x|) + 1) with Cephes expf
-        one, s = np.float32(1), x * x
+        # Cephes tanhf: an odd polynomial near 0
+        s = x * x
         near = np.float32(-5.70498872745e-3) * s + np.float32(2.06390887954e-2)
         near = near * s - np.float32(5.37397155531e-2)
         near = near * s + np.float32(1.33314422036e-1)
         near = near * s - np.float32(3.33332819422e-1)
         near = near * s * x + x
-        double = abs(x + x)
-        double = double if double < np.float32(40) else np.float32(40)
-        k = np.floor(double * np.float32(1.44269504) + np.float32(0.5))
-        r = double - k * np.float32(0.693359375) + k * np.float32(2.12194440e-4)
-        e = np.float32(1.9875691500e-4) * r + np.float32(1.3981999507e-3)
-        e = e * r + np.float32(8.3334519073e-3)
-        e = e * r + np.float32(4.1665795894e-2)
-        e = e * r + np.float32(1.6666665459e-1)
-        e = e * r + np.float32(5.0000001201e-1)
-        power = np.int32((np.int32(k) + np.int32(127)) << np.int32(23)).view(np.float32)
-        far = one - np.float32(2) / ((e * r * r + r + one) * power + one)
+        far = np.float32(1) - distance_to_one(x, np.float32(1))
         far = far if x > np.float32(0) else -far
         far = far if x == x else x
         return near if abs(x) < np.float32(0.625) else far
 
     return tanh32
+
+
+@row_function
+def distance_to_one(x, one):  # type: ignore[no-untyped-def]
+    """Return 1 - tanh|x|, exact to a few ulp where it is small too."""
+    e = exp(-abs(x + x))
+    return (e + e) / (one + e)
+
+
+@row_function
+def tanh_slope(x, one):  # type: ignore[no-untyped-def]
+    """Return the derivative of tanh; 1 - tanh(x)^2 would lose its digits where tanh is close to 1."""
+    distance = distance_to_one(x, one)
+    return distance * (one + one - distance)
 
 
 @row_function

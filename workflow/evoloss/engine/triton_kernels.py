@@ -89,7 +89,10 @@ def _derive(op, x, z):
         gaa = tl.where(free, -0.5 * half / tl.abs(x), zero)
     elif op == TANH:
         g = _tanh(x)
-        ga = 1.0 - g * g
+        # not 1 - g^2, which loses its digits where tanh is close to 1
+        e = tl.exp(-2.0 * tl.abs(x))
+        distance = 2.0 * e / (1.0 + e)
+        ga = distance * (2.0 - distance)
         gaa = -(g + g) * ga
     return g, ga, gb, gaa, gab, gbb
 
