@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 import oracle
-from benchmarks.candidates import SIZES, compile_candidate, draw_trees, move_by_one_ulp
+from benchmarks.candidates import MOVES, SIZES, compile_candidate, draw_trees, move_by_one_ulp
 from benchmarks.phases import LocalSearchPhase
 from benchmarks.workloads import Workload
 from evoloss.engine import Engine
@@ -31,7 +31,6 @@ from evoloss.seeding import derive_seed, numpy_generator
 logger = logging.getLogger(__name__)
 
 SENSITIVITY = 1e-5
-MOVES = 3
 PATIENCE = 20
 """Trees drawn per regular tree before the drawing gives up."""
 

@@ -41,6 +41,9 @@ PATIENCE = 100
 MAX_DISTINCT = 48
 """A larger population repeats its candidates."""
 
+MOVES = 3
+"""Random moves by one float32 step after which a regular tree's result is still there: one may miss a kink by luck."""
+
 REJECTION = RejectionSettings(100, 100, 0.01, 2)
 INITIAL_DEVIATION = read_paper_section("local_search", "mnist5k")["initial_deviation"]
 
