@@ -10,7 +10,7 @@ float32, is asked; for phi after a local search, which takes the oracle minutes,
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -156,6 +156,12 @@ def _ask_engine(engine: Engine, program: Program, *stream: int | str) -> NDArray
     return gradient[program.trainable]
 
 
+def _tune(phase: LocalSearchPhase, programs: Sequence[Program]) -> list[NDArray[np.float64]]:
+    """Return the engine's phi after the local search of every program."""
+    ways = phase.run_engine(programs, 0)[1]
+    return [program.loss_params + way for program, way in zip(programs, ways, strict=True)]
+
+
 def measure_local_searches(
     workload: Workload, device: torch.device, count: int, meta_steps: int | None = None
 ) -> dict[str, Any]:
@@ -172,9 +178,9 @@ def measure_local_searches(
             break
         if number > PATIENCE * count:
             raise DataError(f"{workload.name}: only {len(errors)} of {number} trees are regular")
-        here, *moved = (
-            p.loss_params + single.run_engine([p], 0)[1][0]
-            for p in (program, *(move_by_one_ulp(program, number + i) for i in range(MOVES)))
+        here, *moved = _tune(
+            single,
+            [program, *(move_by_one_ulp(program, derive_seed(number, i)) for i in range(MOVES))],
         )
         if not is_regular(here, moved):
             left_out += 1

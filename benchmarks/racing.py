@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -195,9 +195,11 @@ def summarise(results: Sequence[dict[str, Row]]) -> dict[str, dict[str, Any]]:
 def cut_down(settings: SearchSettings, options: argparse.Namespace) -> SearchSettings:
     """Return the search with the budgets that were given on the command line."""
     names = {"num_generations": options.generations, "fitness_steps": options.fitness_steps}
-    given = {name: value for name, value in names.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in names.items() if value is not None}
     local = settings.local_search
-    if options.meta_steps is not None and local is not None:
+    if options.meta_steps == 0:
+        given |= {"local_search": None, "initial_deviation": 0.0}
+    elif options.meta_steps is not None and local is not None:
         given["local_search"] = replace(local, meta_steps=options.meta_steps)
     return replace(settings, **given)
 
@@ -210,7 +212,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seeds", type=int, default=6, help="searches of each kind (default: 6)")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--generations", type=int, help="instead of the workload's own number")
-    parser.add_argument("--meta-steps", type=int, help="of the local search, likewise")
+    parser.add_argument("--meta-steps", type=int, help="of the local search, likewise; 0: none")
     parser.add_argument("--fitness-steps", type=int, help="likewise")
     parser.add_argument("--reduction", type=int, default=2)
     parser.add_argument("--first-rung", type=float, default=0.25)
@@ -231,7 +233,11 @@ def main(arguments: Sequence[str]) -> int:
             results.append(compare(engine, settings, racing, seed))
             logger.info("%s, seed %d: %s", name, seed, results[-1])
         summary = summarise(results)
-        report["racing"][name] = {"summary": summary, "seeds": results}
+        report["racing"][name] = {
+            "search": asdict(settings),
+            "summary": summary,
+            "seeds": results,
+        }
         for budget, values in summary.items():
             for key, v in values.items():
                 line = f"{name:14} {budget:18} {key:22} {v['mean']:+.4f}"

@@ -292,6 +292,17 @@ def test_unusable_settings_are_refused() -> None:
         TrainingSettings(8, 0.1, precision="float16")
 
 
+def test_losses_of_outputs_with_gaps_in_memory() -> None:
+    """As a model returns them whose last step is a view, e.g. ``h[:, -1]``."""
+    task = make_toy_task("regression", num_outputs=1)
+    loss = PopulationLoss(task, [weighted("square(sub(y, f(x)))", 0)], torch.float64)
+    steps = torch.rand(8, 5, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    outputs, targets = steps[:, -1].unsqueeze(0), torch.zeros(8, 1, dtype=torch.float64)
+    assert not outputs.flatten(1).is_contiguous()
+    found = loss.output_gradients(outputs, targets)
+    torch.testing.assert_close(found, loss.output_gradients(outputs.contiguous(), targets))
+
+
 def test_autograd_fallback_equals_the_kernels() -> None:
     """What runs on a GPU, run here: the torch form of the population's derivatives."""
     task = make_toy_task()

@@ -118,7 +118,8 @@ def test_a_local_search_on_threads_equals_one_on_a_thread_and_goes_on_there(
     formulas = (
         "square(sub(y, f(x)))",
         "mul(-1, mul(y, log(f(x))))",
-        "log(sub(f(x), f(x)))",  # ends at its first step, and its neighbours go on
+        # ends at its first step, and its neighbours go on
+        "mul(1e200, square(square(mul(1e200, sub(f(x), y)))))",
         "abs(sub(mul(2, y), f(x)))",
         "tanh(mul(y, f(x)))",
     )
@@ -147,6 +148,7 @@ def test_a_local_search_on_threads_equals_one_on_a_thread_and_goes_on_there(
     finally:
         torch.set_num_threads(before)
     assert [point["step"] for point in points] == [4, 8]
+    assert points[0]["loss_params"]["alive"] == [True, True, False, True, True]
     for one, two, three in zip(expected, found, resumed, strict=True):
         np.testing.assert_allclose(two, one, rtol=1e-9)
         np.testing.assert_allclose(three, one, rtol=1e-9)

@@ -34,6 +34,9 @@ STACK_BYTES = 2**23
 MAX_JACOBIAN_BYTES = 2**28
 """Meta-gradients keep the outputs' Jacobian by all layers' values; a network with a larger one goes another path."""
 
+EQUAL_SHARES = 4
+"""Several stacks are a multiple of so many, if there are networks enough: two or four threads have the same work."""
+
 OUTPUT_ROWS = 1024
 """Rows whose outputs are computed at a time: a whole training split's hidden layers need not fit into memory."""
 
@@ -136,11 +139,11 @@ class DensePath:
         return [p for layer in layers for p in layer.params]
 
     def _stacks(self, size: int) -> Iterator[slice]:
-        """Return the networks of every stack: one that holds all, or as many for each thread and of one size."""
+        """Return the networks of every stack: one that holds all, or several of one size, give or take a network."""
         count = -(-size // self.stack_size)
         if count > 1:
-            count = min(size, count + -count % torch.get_num_threads())
-        edges = [size * i // count for i in range(count + 1)]
+            count = min(size, count + -count % EQUAL_SHARES)
+        edges = [size * i // count for i in range(count + 1)] if count else []
         return (slice(a, b) for a, b in itertools.pairwise(edges))
 
     def select(self, state: list[Stack], keep: Sequence[int]) -> list[Stack]:

@@ -24,6 +24,7 @@ from evoloss.engine.general import GeneralPath
 from evoloss.engine.linear import LinearPath
 from evoloss.engine.linearised import LinearisablePath
 from evoloss.engine.local_search import LocalSearchSettings, MetaSteps, run_local_search
+from evoloss.engine.loss_params import LossParams
 from evoloss.engine.memory import Chunk, Chunks
 from evoloss.engine.path import Context, Path
 from evoloss.engine.population_loss import OutputLoss, PopulationLoss
@@ -220,6 +221,15 @@ class Engine:
             return parts[0][1]
         values, gradients = zip(*(result for _, result in parts), strict=True)
         return np.concatenate(values), np.concatenate(gradients)
+
+    def take_compiled_meta_steps(
+        self, contexts: Sequence[Context], loss: PopulationLoss, params: LossParams
+    ) -> None:
+        """Take one meta-step after the other by the path's `compiled_meta_steps`, which it must have."""
+        compiled = self.path.compiled_meta_steps
+        assert compiled is not None
+        # memory does not grow with the losses, so there is nothing to halve: without any it only ends with a sentence
+        self._meta_chunks.run([(0,)], lambda _: compiled(contexts, loss, params))
 
     def local_search(
         self,

@@ -211,7 +211,7 @@ def loss_gradients(
     gradient = np.empty(shape, dtype=packed.weights.dtype)
     gradients, _ = compile_kernels()
     x, d = make_rows(packed, 2, TERMINALS)
-    gradients(*packed.arrays, y, f, value, gradient, x, d)
+    gradients(*packed.arrays, y, np.ascontiguousarray(f), value, gradient, x, d)
     return value, gradient
 
 

@@ -43,7 +43,6 @@ class LinearState:
     def view(self, first: int, last: int) -> LinearState:
         """Return the networks ``first:last``, in the same memory."""
         state = self.optimizer.apply(lambda t: t[first:last])
-        state.steps = [step.clone() for step in state.steps]
         return LinearState(self.weight[first:last], self.bias[first:last], state)
 
     def join(self, parts: Sequence[LinearState]) -> None:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from evoloss.engine.loss_params import LossParams, join_progress
-from evoloss.engine.path import CompiledMetaSteps, Context
+from evoloss.engine.path import Context
 from evoloss.engine.safe_point import SafePoint
 from evoloss.engine.streams import draw_batches
 from evoloss.engine.threads import map_on_threads
@@ -105,10 +105,10 @@ class _Share:
         self._loss.set_weights(self.params.weights)
         return values
 
-    def take_steps(self, contexts: Sequence[Context], compiled: CompiledMetaSteps | None) -> None:
+    def take_steps(self, contexts: Sequence[Context], compiled: bool) -> None:
         """Take one meta-step after the other."""
-        if compiled is not None:
-            compiled(contexts, self._loss, self.params)
+        if compiled:
+            self._engine.take_compiled_meta_steps(contexts, self._loss, self.params)
             return
         for context in contexts:
             self.step(context)
@@ -136,20 +136,23 @@ def run_local_search(
     A gradient that is not finite ends that candidate's search where it stands. ``on_step``, ``resume`` and
     ``at_safe_point``: see `Engine.local_search`.
     """
-    # compiled meta-steps leave the other threads alone, so every thread takes some of the candidates
-    compiled = engine.path.compiled_meta_steps
-    if on_step is not None or settings.inner_steps > 1:
-        compiled = None
+    # compiled meta-steps leave other threads alone, so every thread takes some of the candidates; several inner steps
+    # are autograd's, whose threads would wait for each other
+    compiled = (
+        engine.path.compiled_meta_steps is not None
+        and on_step is None
+        and settings.inner_steps == 1
+    )
     count = max(1, min(torch.get_num_threads(), len(programs) // 2)) if compiled else 1
     edges = [len(programs) * i // count for i in range(count + 1)]
     shares = [_Share(engine, programs[a:b], settings) for a, b in itertools.pairwise(edges)]
     first = 0
     if resume is not None:
         first = resume["step"]
-        weight = 0
-        for share, program in zip(shares, edges, strict=False):
-            share.restore(resume["loss_params"], program, weight)
-            weight += len(share.params.weights)
+        first_weight = 0
+        for share, first_program in zip(shares, edges, strict=False):
+            share.restore(resume["loss_params"], first_program, first_weight)
+            first_weight += len(share.params.weights)
 
     def describe_progress() -> dict[str, Any]:
         return {"step": last, "loss_params": join_progress([s.params.describe() for s in shares])}

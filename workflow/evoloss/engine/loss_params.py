@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from evoloss.engine.kernel_rows import kernel, sweep
+from evoloss.engine import kernel_rows
+from evoloss.engine.kernel_rows import digest_sources, kernel, sweep
 from evoloss.expressions import Program
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
@@ -43,8 +44,11 @@ def sweep_adam(lo, hi, gradient, trainable, weights, first, second, rate, root):
 
 @functools.cache
 def _compile() -> Callable[..., None]:
+    digest = digest_sources(kernel_rows)
+
     @kernel
     def update(offsets, alive, gradient, trainable, weights, first, second, rate, root):  # type: ignore[no-untyped-def]
+        _ = digest
         for p in range(alive.size):
             if alive[p]:
                 alive[p] = sweep_adam(
@@ -92,9 +96,7 @@ class LossParams:
         tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
         return {"alive": self.alive.tolist(), "num_steps": self.num_steps, **tensors}
 
-    def restore(
-        self, progress: dict[str, Any], first_program: int = 0, first_weight: int = 0
-    ) -> None:
+    def restore(self, progress: dict[str, Any], first_program: int, first_weight: int) -> None:
         """Go on from what `describe` returned, for these programs or more of them; these start there."""
         p, k = len(self.alive), len(self.weights)
         self.alive[:] = progress["alive"][first_program : first_program + p]

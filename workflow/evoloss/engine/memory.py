@@ -74,9 +74,8 @@ class Chunks:
             # outside of the except clause, where the traceback would keep the failed work's tensors alive
             limit = -(-len(chunk) // 2)
             if self._limit is None or limit < self._limit:
-                self._limit = (
-                    limit  # it never rises: of several chunks that fail, the first says so
-                )
+                # it never rises: of several chunks that fail, the first says so
+                self._limit = limit
                 logger.warning(
                     "not enough memory to %s with %d losses at once: going on with at most %d at a time",
                     self._what,

@@ -22,11 +22,14 @@ class OptimizerState:
     steps: list[Tensor] = field(default_factory=list)
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> OptimizerState:
-        """Return the state with ``function`` applied to every momentum and moment, e.g. to keep some networks."""
+        """Return the state with ``function`` applied to every momentum and moment, e.g. to keep some networks.
+
+        The steps are counted apart from now on.
+        """
         return OptimizerState(
             [None if tensor is None else function(tensor) for tensor in self.first],
             [function(tensor) for tensor in self.second],
-            list(self.steps),
+            [step.clone() for step in self.steps],
         )
 
 
