@@ -16,7 +16,7 @@ from benchmarks.accuracy import measure_local_searches, measure_meta_gradients
 from benchmarks.machine import describe_machine
 from benchmarks.plot import draw_scaling
 from benchmarks.point import Point, run_point
-from benchmarks.report import format_section, update_readme
+from benchmarks.report import format_section, keep_section, update_readme
 from benchmarks.scaling import WORKLOADS as SCALED
 from benchmarks.scaling import Ranges, measure_scaling
 from benchmarks.search import read_paper_search, run_search
@@ -26,7 +26,7 @@ from benchmarks.xor import NUM_GENERATIONS, make_xor_search
 from evoloss.engine import choose_device
 from evoloss.engine.racing import RacingSettings
 from evoloss.errors import EvolossError
-from evoloss.results import read_json, write_json
+from evoloss.results import read_json
 
 HERE = Path(__file__).parent
 XOR_SEARCH = "xor-search"
@@ -163,13 +163,8 @@ def main(arguments: Sequence[str]) -> int:
             section = {"machine": machine, "results": measure(options, device)}
             print(format_section(name, section), end="\n\n", flush=True)
             if options.json is not None:
-                kept = read_json(options.json) if options.json.exists() else {}
-                if name == "searches":  # long ones, run one by one
-                    section["results"] = {
-                        **kept.get(name, {}).get("results", {}),
-                        **section["results"],
-                    }
-                write_json(options.json, {**kept, name: section})
+                # searches are long, and run one by one
+                keep_section(options.json, name, section, merge=name == "searches")
         if options.update_readme:
             update_readme(HERE / "README.md", read_json(options.json))
     except EvolossError as error:

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 
 from benchmarks.machine import describe_machine
+from benchmarks.report import format_section, keep_section
 from benchmarks.search import read_paper_search
 from benchmarks.workloads import DATA_SEED, load_dataset, make_workload
 from evoloss.engine import Engine, LocalSearchSettings, TrainingSettings
 from evoloss.engine.filters import RejectionSettings
 from evoloss.engine.racing import RacingSettings
 from evoloss.expressions import compile_expression, parse_expression
-from evoloss.results import write_json
 from evoloss.search.gp_search import GPSearch, SearchSettings
 from evoloss.search.individuals import VariationSettings
 from evoloss.tasks import Task
@@ -205,7 +205,7 @@ def cut_down(settings: SearchSettings, options: argparse.Namespace) -> SearchSet
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure, print a line for every comparison, and write the JSON file."""
+    """Measure, print a table for every workload, and add it to the JSON file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.racing", description=__doc__)
     small = ["softmax-noisy", "small-mlp"]
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=small)
@@ -216,34 +216,28 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--fitness-steps", type=int, help="likewise")
     parser.add_argument("--reduction", type=int, default=2)
     parser.add_argument("--first-rung", type=float, default=0.25)
-    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--json", type=Path, help="add the results to this file")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     torch.set_num_threads(1)
     logging.getLogger("evoloss").setLevel(logging.WARNING)
     racing = RacingSettings(options.reduction, options.first_rung)
-    report: dict[str, Any] = {"machine": describe_machine(torch.device("cpu")), "racing": {}}
+    machine = describe_machine(torch.device("cpu"))
     for name in options.workloads:
         workload = WORKLOADS[name]()
         engine, settings = workload.build_engine(), cut_down(workload.search, options)
         # compiles the kernels and starts the libraries, which the first search would pay for alone
         run_search(engine, replace(settings, num_generations=1), options.first_seed)
-        results = []
+        seeds = []
         for seed in range(options.first_seed, options.first_seed + options.seeds):
-            results.append(compare(engine, settings, racing, seed))
-            logger.info("%s, seed %d: %s", name, seed, results[-1])
-        summary = summarise(results)
-        report["racing"][name] = {
-            "search": asdict(settings),
-            "summary": summary,
-            "seeds": results,
-        }
-        for budget, values in summary.items():
-            for key, v in values.items():
-                line = f"{name:14} {budget:18} {key:22} {v['mean']:+.4f}"
-                sys.stdout.write(f"{line}  ({v['min']:+.4f} .. {v['max']:+.4f})\n")
-    if options.json is not None:
-        write_json(options.json, report)
+            seeds.append(compare(engine, settings, racing, seed))
+            logger.info("%s, seed %d: %s", name, seed, seeds[-1])
+        search = asdict(replace(settings, racing=racing))
+        found = {"search": search, "summary": summarise(seeds), "seeds": seeds}
+        section = {"machine": machine, "results": {name: found}}
+        sys.stdout.write(format_section("racing", section) + "\n\n")
+        if options.json is not None:
+            keep_section(options.json, "racing", section, merge=True)
     return 0
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from evoloss.errors import DataError
+from evoloss.results import read_json, write_json
 
 BEGIN, END = "<!-- results: begin (written by --update-readme) -->", "<!-- results: end -->"
 
@@ -143,9 +144,42 @@ def format_searches(results: Mapping[str, Any]) -> str:
     return make_table(header, rows)
 
 
+def format_racing(results: Mapping[str, Any]) -> str:
+    """Return the table of searches with racing against searches without."""
+    rows = []
+    for name, r in results.items():
+        s = r["search"]
+        local = s["local_search"]
+        steps = f"{local['meta_steps'] if local else 0} + {s['fitness_steps']}"
+        for budget, summary in r["summary"].items():
+            rows.append(
+                [
+                    name,
+                    f"{s['population_size']} x {s['num_generations']}",
+                    steps,
+                    str(len(r["seeds"])),
+                    budget.replace("_", " "),
+                    *(format_difference(summary[key]) for key in ("fitness", "test_error")),
+                    f"{summary['share_of_steps_spared']['mean']:.0%}",
+                    f"{summary['time_ratio']['mean']:.2f}",
+                ]
+            )
+    header = [
+        "search", "candidates x generations", "meta-steps + training steps", "seeds", "compared at",
+        "best fitness, difference", "test error, difference", "training steps spared", "processor time, ratio",
+    ]  # fmt: skip
+    return make_table(header, rows)
+
+
+def format_difference(summary: Mapping[str, float]) -> str:
+    """Return ``mean (least .. greatest)`` of differences, with signs."""
+    return f"{summary['mean']:+.4f} ({summary['min']:+.4f} .. {summary['max']:+.4f})"
+
+
 SECTIONS = {
     "workloads": ("Engine against sequential autograd", format_timing),
     "searches": ("Whole searches", format_searches),
+    "racing": ("Racing on, against off", format_racing),
     "accuracy": ("Accuracy of float32", format_accuracy),
     "scaling": ("Scaling", format_scaling),
 }
@@ -156,6 +190,15 @@ def format_section(name: str, section: Mapping[str, Any]) -> str:
     """Return heading, origin and table of one section."""
     heading, form = SECTIONS[name]
     return f"### {heading}\n\n{describe_origin(section)}\n\n{form(section['results'])}"
+
+
+def keep_section(path: Path, name: str, section: Mapping[str, Any], merge: bool = False) -> None:
+    """Write a section to the JSON file and keep the others; with ``merge`` its own other results too."""
+    kept = read_json(path) if path.exists() else {}
+    results = section["results"]
+    if merge and name in kept:
+        results = {**kept[name]["results"], **results}
+    write_json(path, {**kept, name: {**section, "results": results}})
 
 
 def update_readme(path: Path, results: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from toy_tasks import make_toy_task
 
-from benchmarks import report
+from benchmarks import racing, report
 from benchmarks.__main__ import main
 from benchmarks.accuracy import measure_local_searches, measure_meta_gradients
 from benchmarks.candidates import SIZES, draw_candidates, move_by_one_ulp, negate
@@ -219,6 +219,38 @@ def test_whole_search_by_the_clock() -> None:
     assert found["candidates"] == 8
     assert sum(found["seconds_by_phase"].values()) <= found["seconds"]
     assert "softmax" in report.format_searches({"softmax": found})
+
+
+def test_racing_is_compared_with_the_same_search_without(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workload = make_toy_workload("mlp")
+    search = replace(racing.make_small_search(1), population_size=8)
+    toy = racing.RacingWorkload(
+        workload.make_task, "mlp", workload.settings, search, {"widths": (8, 8)}
+    )
+    monkeypatch.setattr("benchmarks.racing.WORKLOADS", {"toy": lambda: toy, "other": lambda: toy})
+    path = tmp_path / "results.json"
+    path.write_text('{"kept": 1}')
+    budget = ["--generations", "2", "--meta-steps", "2", "--fitness-steps", "8", "--seeds", "2"]
+    for name in ("toy", "other"):
+        assert racing.main(["--workloads", name, *budget, "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert found["kept"] == 1
+    assert set(found["racing"]["results"]) == {"toy", "other"}
+    toy_result = found["racing"]["results"]["toy"]
+    assert toy_result["search"]["fitness_steps"] == 8
+    assert toy_result["search"]["local_search"]["meta_steps"] == 2
+    for seed in toy_result["seeds"]:
+        assert seed["off"]["share_of_steps_spared"] == 0.0
+        assert 0.0 < seed["equal_generations"]["share_of_steps_spared"] < 1.0
+        assert seed["off"]["generation"] == seed["equal_generations"]["generation"] == 2
+    difference = [
+        s["equal_generations"]["fitness"] - s["off"]["fitness"] for s in toy_result["seeds"]
+    ]
+    assert toy_result["summary"]["equal_generations"]["fitness"]["mean"] == np.mean(difference)
+    printed = capsys.readouterr().out
+    assert "| toy | 8 x 2 | 2 + 8 | 2 | equal generations | " in printed
 
 
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
