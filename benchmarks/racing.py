@@ -214,6 +214,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--generations", type=int, help="instead of the workload's own number")
     parser.add_argument("--meta-steps", type=int, help="of the local search, likewise; 0: none")
     parser.add_argument("--fitness-steps", type=int, help="likewise")
+    parser.add_argument("--learning-rate", type=float, help="of the base models, likewise")
     parser.add_argument("--reduction", type=int, default=2)
     parser.add_argument("--first-rung", type=float, default=0.25)
     parser.add_argument("--json", type=Path, help="add the results to this file")
@@ -225,6 +226,9 @@ def main(arguments: Sequence[str]) -> int:
     machine = describe_machine(torch.device("cpu"))
     for name in options.workloads:
         workload = WORKLOADS[name]()
+        if options.learning_rate is not None:
+            training = replace(workload.settings, learning_rate=options.learning_rate)
+            workload = replace(workload, settings=training)
         engine, settings = workload.build_engine(), cut_down(workload.search, options)
         # compiles the kernels and starts the libraries, which the first search would pay for alone
         run_search(engine, replace(settings, num_generations=1), options.first_seed)
@@ -233,7 +237,12 @@ def main(arguments: Sequence[str]) -> int:
             seeds.append(compare(engine, settings, racing, seed))
             logger.info("%s, seed %d: %s", name, seed, seeds[-1])
         search = asdict(replace(settings, racing=racing))
-        found = {"search": search, "summary": summarise(seeds), "seeds": seeds}
+        found = {
+            "search": search,
+            "training": asdict(workload.settings),
+            "summary": summarise(seeds),
+            "seeds": seeds,
+        }
         section = {"machine": machine, "results": {name: found}}
         sys.stdout.write(format_section("racing", section) + "\n\n")
         if options.json is not None:

@@ -157,6 +157,7 @@ def format_racing(results: Mapping[str, Any]) -> str:
                     name,
                     f"{s['population_size']} x {s['num_generations']}",
                     steps,
+                    f"{r['training']['learning_rate']:g}",
                     str(len(r["seeds"])),
                     budget.replace("_", " "),
                     *(format_difference(summary[key]) for key in ("fitness", "test_error")),
@@ -165,7 +166,7 @@ def format_racing(results: Mapping[str, Any]) -> str:
                 ]
             )
     header = [
-        "search", "candidates x generations", "meta-steps + training steps", "seeds", "compared at",
+        "search", "candidates x generations", "meta-steps + training steps", "learning rate", "seeds", "compared at",
         "best fitness, difference", "test error, difference", "training steps spared", "processor time, ratio",
     ]  # fmt: skip
     return make_table(header, rows)

@@ -233,6 +233,7 @@ def test_racing_is_compared_with_the_same_search_without(
     path = tmp_path / "results.json"
     path.write_text('{"kept": 1}')
     budget = ["--generations", "2", "--meta-steps", "2", "--fitness-steps", "8", "--seeds", "2"]
+    budget += ["--learning-rate", "0.1"]
     for name in ("toy", "other"):
         assert racing.main(["--workloads", name, *budget, "--json", str(path)]) == 0
     found = json.loads(path.read_text())
@@ -250,7 +251,7 @@ def test_racing_is_compared_with_the_same_search_without(
     ]
     assert toy_result["summary"]["equal_generations"]["fitness"]["mean"] == np.mean(difference)
     printed = capsys.readouterr().out
-    assert "| toy | 8 x 2 | 2 + 8 | 2 | equal generations | " in printed
+    assert "| toy | 8 x 2 | 2 + 8 | 0.1 | 2 | equal generations | " in printed
 
 
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,13 +44,23 @@ def compile_all(formulas: Sequence[str]) -> list[Program]:
     return [compile_weighted_tree(parse_expression(formula)) for formula in formulas]
 
 
+def know_ends(
+    reached: Sequence[float] = (), at_rung: float = -1.0, end: float = -1.0
+) -> RungScores:
+    """Return what a search knows after four trainings to the end that were at ``at_rung`` at every rung."""
+    rungs = HALVING.list_rungs(NUM_STEPS)
+    finished = {rung: [at_rung] * 4 for rung in rungs[:-1]} | {rungs[-1]: [end] * 4}
+    return RungScores({rungs[0]: list(reached)} if reached else {}, finished)
+
+
 def race(
     engine: Engine,
     formulas: Sequence[str],
     settings: RacingSettings = HALVING,
     rung_scores: RungScores | None = None,
 ) -> RaceResult:
-    scores: RungScores = {} if rung_scores is None else rung_scores
+    """Run a race; if not told otherwise, of a search that has seen fast starters win, whom none here can match."""
+    scores = know_ends() if rung_scores is None else rung_scores
     return run_race(engine, compile_all(formulas), NUM_STEPS, settings, scores, 0, "fitness")
 
 
@@ -76,12 +86,12 @@ def test_short_trainings_have_rungs_too() -> None:
 @pytest.mark.parametrize("model_name", ["linear", "mlp"])
 def test_without_reduction_it_is_the_plain_fitness(model_name: str) -> None:
     engine = make_engine(model_name)
-    scores: RungScores = {}
+    scores = RungScores()
     result = race(engine, FORMULAS, RacingSettings(1, 0.25), scores)
     plain = engine.compute_fitness(compile_all(FORMULAS), NUM_STEPS, 0, "fitness")
     np.testing.assert_array_equal(result.fitness, plain)
     assert set(result.steps.tolist()) == {NUM_STEPS}
-    assert scores == {}
+    assert scores == RungScores()
 
 
 @pytest.mark.parametrize("model_name", ["linear", "mlp"])
@@ -129,11 +139,38 @@ def test_two_candidates_are_too_few_to_stop_one() -> None:
 def test_former_candidates_count() -> None:
     """One candidate alone is stopped by three better ones of earlier races, and goes on after three worse ones."""
     first = HALVING.list_rungs(NUM_STEPS)[0]
-    better: RungScores = {first: [-1.0, -1.0, -1.0]}
+    better = know_ends([-1.0, -1.0, -1.0])
     assert race(make_engine(), FORMULAS[:1], rung_scores=better).steps.tolist() == [first]
-    worse: RungScores = {first: [9.0, 9.0, 9.0]}
+    worse = know_ends([9.0, 9.0, 9.0])
     assert race(make_engine(), FORMULAS[:1], rung_scores=worse).steps.tolist() == [NUM_STEPS]
-    assert [len(scores) for scores in worse.values()] == [4, 1]
+    assert [len(scores) for scores in worse.reached.values()] == [4, 1]
+
+
+def test_the_first_race_stops_nobody_and_the_next_knows_its_ends() -> None:
+    engine, scores = make_engine(), RungScores()
+    first = race(engine, FORMULAS, rung_scores=scores)
+    assert set(first.steps.tolist()) == {NUM_STEPS}
+    np.testing.assert_array_equal(scores.finished[NUM_STEPS], first.fitness)
+    assert [len(ends) for ends in scores.finished.values()] == [len(FORMULAS)] * 3
+    rung = HALVING.list_rungs(NUM_STEPS)[0]
+    assert scores.finished[rung] == scores.reached[rung]
+    assert set(race(engine, FORMULAS, rung_scores=scores).steps.tolist()) > {NUM_STEPS}
+
+
+def test_who_starts_as_slowly_as_a_winner_did_goes_on() -> None:
+    """As on a plateau, where half of the losses would be stopped for what is noise yet."""
+    slow = know_ends([-1.0, -1.0, -1.0], at_rung=9.0)
+    assert race(make_engine(), FORMULAS[:1], rung_scores=slow).steps.tolist() == [NUM_STEPS]
+    rung = HALVING.list_rungs(NUM_STEPS)[0]
+    scores = RungScores(
+        {rung: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]},
+        # the best quarter of the ends, 0.0 and 1.0, were at 0.7 and 0.2 here
+        {rung: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8], NUM_STEPS: [2, 1, 3, 4, 5, 6, 0, 7]},
+    )
+    assert scores.find_threshold(rung, NUM_STEPS, 2) == 0.7
+    scores.finished[NUM_STEPS] = [0, 1, 2, 3, 4, 5, 6, 7]
+    assert scores.find_threshold(rung, NUM_STEPS, 2) == 0.4
+    assert scores.find_threshold(rung, NUM_STEPS, 8) == 0.2
 
 
 @pytest.mark.parametrize("model_name", ["linear", "mlp"])
@@ -196,7 +233,7 @@ def test_a_search_counts_what_racing_spares() -> None:
 
 def test_a_gradient_twin_of_a_stopped_loss_is_no_better() -> None:
     search = make_search(HALVING)
-    search.archive.rung_scores[HALVING.list_rungs(NUM_STEPS)[0]] = [-1.0, -1.0, -1.0]
+    search.archive.rung_scores = know_ends([-1.0, -1.0, -1.0])
     first = parse_expression("square(sub(y, f(x)))")
     twin = parse_expression("add(y, square(sub(y, f(x))))")
     search._evaluate_fresh({"first": first, "twin": twin})

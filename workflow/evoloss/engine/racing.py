@@ -4,13 +4,17 @@ Successive halving (Jamieson and Talwalkar, "Non-stochastic Best Arm Identificat
 AISTATS 2016) whose rungs remember: a candidate goes on if it is among the best 1/reduction of all that ever reached
 the rung, in earlier generations too, as in ASHA (Li et al., "A System for Massively Parallel Hyperparameter Tuning",
 MLSys 2020). Common random numbers make those scores comparable: same initial parameters, same batches.
+
+Ours: a candidate also goes on if it is no worse at the rung than some of the best `PROTECTED` of those trained to the
+end were there. Where good losses start slowly, as on a plateau, early scores tell nothing and nobody is stopped for
+them; and the first race of a search, which knows no ends yet, stops nobody.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +29,31 @@ if TYPE_CHECKING:
     from evoloss.engine.engine import Engine
 
 FEWEST_SCORES = 3
-"""A rung that knows fewer scores stops nobody."""
+"""A rung that knows fewer scores, or fewer ends, stops nobody."""
 
-RungScores = dict[int, list[float]]
-"""The scores of all candidates that ever reached a rung, by its step number."""
+PROTECTED = 0.25
+"""Share of the candidates trained to the end whose like is not stopped."""
+
+
+@dataclass
+class RungScores:
+    """What the races of one search have seen, by the rungs' step numbers.
+
+    ``reached`` has the scores of all candidates that ever reached a rung; ``finished`` those of the candidates trained
+    to the end, in one order for all rungs and the end itself.
+    """
+
+    reached: dict[int, list[float]] = field(default_factory=dict)
+    finished: dict[int, list[float]] = field(default_factory=dict)
+
+    def find_threshold(self, rung: int, num_steps: int, reduction: int) -> float:
+        """Return the worst score that goes on; infinity, which NaN does not reach, if too little is known."""
+        scores, ends = self.reached.get(rung, []), self.finished.get(num_steps, [])
+        if min(len(scores), len(ends)) < FEWEST_SCORES:
+            return math.inf
+        best = sorted(ends)[math.ceil(PROTECTED * len(ends)) - 1]
+        slowest = max(at for at, end in zip(self.finished[rung], ends, strict=True) if end <= best)
+        return max(slowest, sorted(scores)[math.ceil(len(scores) / reduction) - 1])
 
 
 @dataclass(frozen=True)
@@ -86,9 +111,11 @@ def run_race(
     loss = engine.population_loss(programs)
     run = TrainingRun(engine, loss, num_steps, *stream, num_networks=num_networks)
     running = np.arange(size)
+    curves: dict[int, NDArray[np.float64]] = {}
     if resume is not None:
         result = RaceResult(np.array(resume["fitness"]), np.array(resume["steps"]))
         running = np.array(resume["running"])
+        curves = {rung: np.array(scores) for rung, scores in resume["curves"]}
         run.keep(running.tolist())
         run.restore(resume["run"])
 
@@ -97,6 +124,7 @@ def run_race(
             "fitness": result.fitness.tolist(),
             "steps": result.steps.tolist(),
             "running": running.tolist(),
+            "curves": [[rung, scores.tolist()] for rung, scores in curves.items()],
             "run": run.describe(),
         }
 
@@ -107,21 +135,20 @@ def run_race(
         scores = run.evaluate("validation").metric
         result.fitness[running] = scores
         result.steps[running] = rung
+        curves[rung] = result.fitness.copy()
         if rung == num_steps:
             break
-        known = rung_scores.setdefault(rung, [])
+        known = rung_scores.reached.setdefault(rung, [])
         known.extend(scores[np.isfinite(scores)].tolist())
-        going = np.flatnonzero(scores <= _find_threshold(known, settings.reduction))
+        threshold = rung_scores.find_threshold(rung, num_steps, settings.reduction)
+        going = np.flatnonzero(scores <= threshold)
         if len(going) == 0:
             break
         if len(going) < len(running):
             run.keep(going.tolist())
             running = running[going]
+    finished = np.isfinite(result.fitness) & (result.steps == num_steps)
+    if settings.reduction > 1 and finished.any():
+        for rung, scores in curves.items():
+            rung_scores.finished.setdefault(rung, []).extend(scores[finished].tolist())
     return result
-
-
-def _find_threshold(scores: Sequence[float], reduction: int) -> float:
-    """Return the worst score that goes on; infinity, which NaN does not reach, if too few scores are known."""
-    if len(scores) < FEWEST_SCORES:
-        return math.inf
-    return sorted(scores)[math.ceil(len(scores) / reduction) - 1]

@@ -45,7 +45,7 @@ class Archive:
 
     records: dict[str, Record] = field(default_factory=dict)
     key_by_gradient: dict[bytes, str] = field(default_factory=dict)
-    rung_scores: RungScores = field(default_factory=dict)
+    rung_scores: RungScores = field(default_factory=RungScores)
 
     def pareto_front(self) -> list[Record]:
         """Return the accepted records that no other one beats in both fitness and complexity, best fitness first.

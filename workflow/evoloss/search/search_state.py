@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
+from evoloss.engine.racing import RungScores
 from evoloss.expressions import Expression, format_text, parse_expression
 from evoloss.search.archive import Archive, Record
 
@@ -43,7 +45,10 @@ def describe_archive(archive: Archive, before: int) -> dict[str, Any]:
             for gradient, key in archive.key_by_gradient.items()
             if key in records
         ],
-        "rung_scores": [[rung, list(scores)] for rung, scores in archive.rung_scores.items()],
+        "rung_scores": {
+            name: [[rung, list(scores)] for rung, scores in known.items()]
+            for name, known in asdict(archive.rung_scores).items()
+        },
     }
 
 
@@ -56,7 +61,12 @@ def restore_archive(state: Mapping[str, Any]) -> Archive:
     return Archive(
         records,
         {bytes.fromhex(gradient): key for gradient, key in state["key_by_gradient"]},
-        {rung: list(scores) for rung, scores in state["rung_scores"]},
+        RungScores(
+            **{
+                name: {rung: list(scores) for rung, scores in known}
+                for name, known in state["rung_scores"].items()
+            }
+        ),
     )
 
 
