@@ -232,7 +232,7 @@ def test_racing_is_compared_with_the_same_search_without(
     monkeypatch.setattr("benchmarks.racing.WORKLOADS", {"toy": lambda: toy, "other": lambda: toy})
     path = tmp_path / "results.json"
     path.write_text('{"kept": 1}')
-    budget = ["--generations", "2", "--meta-steps", "2", "--fitness-steps", "8", "--seeds", "2"]
+    budget = ["--generations", "4", "--meta-steps", "2", "--fitness-steps", "8", "--seeds", "2"]
     budget += ["--learning-rate", "0.1"]
     for name in ("toy", "other"):
         assert racing.main(["--workloads", name, *budget, "--json", str(path)]) == 0
@@ -244,14 +244,16 @@ def test_racing_is_compared_with_the_same_search_without(
     assert toy_result["search"]["local_search"]["meta_steps"] == 2
     for seed in toy_result["seeds"]:
         assert seed["off"]["share_of_steps_spared"] == 0.0
-        assert 0.0 < seed["equal_generations"]["share_of_steps_spared"] < 1.0
-        assert seed["off"]["generation"] == seed["equal_generations"]["generation"] == 2
+        assert seed["off"]["generation"] == seed["equal_generations"]["generation"] == 4
+    # the first generation is not raced, and few candidates may leave nobody to stop
+    spared = [s["equal_generations"]["share_of_steps_spared"] for s in toy_result["seeds"]]
+    assert 0.0 < max(spared) < 1.0
     difference = [
         s["equal_generations"]["fitness"] - s["off"]["fitness"] for s in toy_result["seeds"]
     ]
     assert toy_result["summary"]["equal_generations"]["fitness"]["mean"] == np.mean(difference)
     printed = capsys.readouterr().out
-    assert "| toy | 8 x 2 | 2 + 8 | 0.1 | 2 | equal generations | " in printed
+    assert "| toy | 8 x 4 | 2 + 8 | 0.1 | 2 | equal generations | " in printed
 
 
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
