@@ -6,8 +6,8 @@ the rung, in earlier generations too, as in ASHA (Li et al., "A System for Massi
 MLSys 2020). Common random numbers make those scores comparable: same initial parameters, same batches.
 
 Ours: a candidate also goes on if it is no worse at the rung than some of the best `PROTECTED` of those trained to the
-end were there. Where good losses start slowly, as on a plateau, early scores tell nothing and nobody is stopped for
-them; and the first race of a search, which knows no ends yet, stops nobody.
+end were there: where good losses start slowly, as on a plateau, early scores tell little and should stop few. The first
+race of a search, which knows no ends yet, stops nobody.
 """
 
 from __future__ import annotations
