@@ -113,7 +113,14 @@ def test_own_csv_dataset(config: dict[str, Any], tmp_path: Path) -> None:
     config["tasks"]["diabetes"]["dataset"] = "my_data"
     with pytest.raises(ConfigError, match=r"datasets\.csv\.my_data\.path: there is no file"):
         settings.validate_config(config, SCHEMA)
-    (tmp_path / "my.csv").write_text("t\n1\n")
+    for text, message in (("", "path: .* is empty"), ("price,T\n1,2\n", "target: .*no column 't'")):
+        (tmp_path / "my.csv").write_text(text)
+        with pytest.raises(ConfigError, match=rf"datasets\.csv\.my_data\.{message}"):
+            settings.validate_config(config, SCHEMA)
+    (tmp_path / "my.csv").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"datasets\.csv\.my_data\.path: .* cannot be read"):
+        settings.validate_config(config, SCHEMA)
+    (tmp_path / "my.csv").write_text("\ufeffa,t\n1,1\n", encoding="utf-8")
     settings.validate_config(config, SCHEMA)
     assert settings.describe_dataset(config, "my_data") == ("regression", "table")
 

@@ -217,6 +217,16 @@ def test_divergence_ends_a_candidate_never_its_neighbours(path: type[Path], bad:
         assert tuned[1].weights.tolist() == broken.weights.tolist()
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_weights_that_no_float32_holds_end_a_candidate_without_a_warning() -> None:
+    engine = Engine(make_toy_task("regression"), "linear", replace(PLAIN, precision="float32"), CPU)
+    (huge,) = compile_formulas("square(mul(1e200, sub(y, f(x))))")
+    loss = engine.population_loss([huge])
+    loss.set_weights(huge.weights)
+    assert np.isinf(loss.packed.weights).any()
+    assert np.isnan(engine.compute_fitness([huge], 3, 0)).all()
+
+
 @pytest.fixture
 def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)

@@ -163,6 +163,8 @@ def test_weighted_tree_has_a_parameter_on_every_edge():
         ("mul(-1, y)", "-y", "-y"),
         ("add(y, mul(-0.5, f(x)))", "y - 0.5·f(x)", r"y - 0.5 \, f(x)"),
         ("square(y)", "y²", "y^2"),
+        ("square(1e-7)", "(1e-7)²", r"\left(1 \times 10^{-7}\right)^2"),
+        ("aq(1, y)", "aq(1, y)", r"\frac{1}{\sqrt{1 + y^2}}"),
         ("square(-3)", "(-3)²", r"\left(-3\right)^2"),
         ("square(sub(y, f(x)))", "(y - f(x))²", r"\left(y - f(x)\right)^2"),
         ("mul(add(y, 1), mul(-3, y))", "-(y + 1)·3·y", r"-\left(y + 1\right) \, 3 \, y"),

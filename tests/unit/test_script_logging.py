@@ -59,6 +59,13 @@ def test_an_error_of_ours_is_one_sentence(
     assert "Traceback" not in text
 
 
+def test_an_interrupted_job_leaves_no_traceback(job: SimpleNamespace) -> None:
+    with pytest.raises(SystemExit) as caught, script_logging(job):
+        raise KeyboardInterrupt
+    assert caught.value.code == 130
+    assert "ERROR interrupted" in Path(job.log[0]).read_text()
+
+
 def test_a_bug_leaves_its_traceback_in_the_log(job: SimpleNamespace) -> None:
     with pytest.raises(ZeroDivisionError), script_logging(job):
         _ = 1 / 0

@@ -71,6 +71,7 @@ def test_report_of_what_there_is(tiny_run: Path, tmp_path: Path) -> None:
     done = start_snakemake(directory, *OPTIONS)
     assert done.returncode == 0, done.stdout[-3000:]
     assert read_results(directory) == read_results(tiny_run)
+    assert f"The report is {results / 'report.html'}" in done.stdout
     assert "This report is incomplete" not in (results / "report.html").read_text(encoding="utf-8")
 
 

@@ -8,6 +8,7 @@ workflow reads the configuration anew.
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -134,11 +135,11 @@ def sort_keys(value: Any) -> Any:
 
 def describe_dataset(config: Config, name: str) -> tuple[str, str]:
     """Return a dataset's kind of task and form of input; raises `ConfigError` if it is unknown."""
-    csv = config["datasets"].get("csv", {})
-    if name in csv:
-        return str(csv[name]["kind"]), "table"
+    tables = config["datasets"].get("csv", {})
+    if name in tables:
+        return str(tables[name]["kind"]), "table"
     if name not in DATASETS:
-        raise ConfigError(f"unknown dataset {describe_choices(name, [*DATASETS, *csv])}")
+        raise ConfigError(f"unknown dataset {describe_choices(name, [*DATASETS, *tables])}")
     return DATASETS[name]
 
 
@@ -181,8 +182,24 @@ def _check_top_level(config: Config) -> None:
             raise ConfigError(
                 f"datasets.csv.{name} has the name of a built-in dataset; choose another name"
             )
-        if not Path(options["path"]).is_file():
-            raise ConfigError(f"datasets.csv.{name}.path: there is no file {options['path']!r}")
+        _check_csv(f"datasets.csv.{name}", Path(options["path"]), options["target"])
+
+
+def _check_csv(where: str, path: Path, target: str) -> None:
+    """Check that the file is there and has the target column; what else may be wrong with it, its first job tells."""
+    if not path.is_file():
+        raise ConfigError(f"{where}.path: there is no file {str(path.absolute())!r}")
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            header = next(csv.reader(stream), None)
+    except (OSError, ValueError, csv.Error) as error:
+        raise ConfigError(f"{where}.path: {str(path)!r} cannot be read: {error}") from error
+    if header is None:
+        raise ConfigError(f"{where}.path: {str(path)!r} is empty")
+    if target not in header:
+        raise ConfigError(
+            f"{where}.target: {str(path)!r} has no column {describe_choices(target, header)}"
+        )
 
 
 def _check_unique(key: str, values: Sequence[object]) -> None:

@@ -15,6 +15,18 @@ from evoloss.errors import DataError
 if TYPE_CHECKING:
     import pandas as pd
 
+SEARCH_COUNTS = (
+    "archive_hits",
+    "zero_gradient",
+    "rejected",
+    "gradient_hits",
+    "stopped",
+    "diverged",
+    "evaluated",
+    "training_steps",
+)
+"""What a row of a search's history counts: fates of candidates, and steps of training runs, summed over candidates."""
+
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, sync it to disk, then rename it to ``path``."""

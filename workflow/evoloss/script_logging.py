@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ def script_logging(snakemake: Any) -> Iterator[logging.Logger]:
 
     An `EvolossError` is an answer to the user: it ends the script with exit code 1 and its one
     sentence in the log and on the terminal. Any other exception is a bug: its traceback goes to the
-    log and it propagates.
+    log and it propagates. Ctrl-C ends the script without one.
 
     Parameters
     ----------
@@ -46,6 +47,9 @@ def script_logging(snakemake: Any) -> Iterator[logging.Logger]:
         if not sys.stderr.isatty():  # else the terminal's handler has just said it
             sys.stderr.write(f"{_describe_job(snakemake)}: {error}\n")
         sys.exit(1)
+    except KeyboardInterrupt:
+        logger.error("interrupted")
+        sys.exit(128 + signal.SIGINT)
     except Exception:
         handlers[0].handle(_make_record(sys.exc_info()))
         raise

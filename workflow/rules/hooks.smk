@@ -115,8 +115,19 @@ def build_targets(targets, missing, log):
         )
 
 
+def name_report():
+    """Say where the report is, if this run has built it."""
+    for job in workflow.dag.jobs:
+        if job.rule.name == "build_report" and workflow.dag.finished(job):
+            logger.info(f"The report is {Path(str(job.output.html)).absolute()}")
+
+
 onstart:
     freeze_config()
+
+
+onsuccess:
+    name_report()
 
 
 onerror:

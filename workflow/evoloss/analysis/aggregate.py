@@ -33,19 +33,7 @@ from evoloss.analysis.statistics import (
 )
 from evoloss.analysis.tables import Column, Table, write_frame, write_table
 from evoloss.provenance import provenance
-
-COUNTS = (
-    "candidates",
-    "archive_hits",
-    "zero_gradient",
-    "rejected",
-    "gradient_hits",
-    "stopped",
-    "diverged",
-    "evaluated",
-    "training_steps",
-)
-"""What a search counts per generation."""
+from evoloss.results import SEARCH_COUNTS
 
 FAILURE = [*SEARCH_KEYS, "status", "reason"]
 
@@ -133,7 +121,7 @@ def summarise_searches(searches: pd.DataFrame) -> pd.DataFrame:
     for keys, search in searches.groupby(SEARCH_KEYS, sort=False, dropna=False):
         last = search.iloc[-1]
         found = pd.notna(last["best_fitness"])
-        sums = search[[*COUNTS, "seconds_total"]].sum(min_count=1)
+        sums = search[["candidates", *SEARCH_COUNTS, "seconds_total"]].sum(min_count=1)
         rows.append(
             {
                 **dict(zip(SEARCH_KEYS, keys, strict=True)),

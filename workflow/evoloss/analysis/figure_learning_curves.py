@@ -66,7 +66,8 @@ def _draw_panel(axes: Axes, group: pd.DataFrame, metric: str) -> None:
     fine = group[(group["status"] == "ok") & (group["metric"] == metric)]
     curves = average_curves(fine)
     shown = []
-    for method in order_methods(list(fine["method"])):
+    # the solid line, which comes last in that order, lies below: curves that coincide stay visible between dashes
+    for method in reversed(order_methods(list(fine["method"]))):
         style = method_style(method)
         for split, width in (("train", 0.7), ("validation", 1.7)):
             curve = curves[(curves["method"] == method) & (curves["split"] == split)]

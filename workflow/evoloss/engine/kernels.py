@@ -86,11 +86,13 @@ def pack_programs(programs: Sequence[Program], dtype: Any = np.float32) -> Packe
     """Join programs into the arrays that the kernels read; weights are converted to ``dtype``."""
     check_operator_table()
     lengths = [len(program) for program in programs]
+    with np.errstate(over="ignore"):  # what no float32 holds is infinite, and ends its candidate
+        weights = np.concatenate([program.weights for program in programs]).astype(dtype)
     return PackedPrograms(
         np.concatenate([program.ops for program in programs]),
         np.concatenate([program.a for program in programs]),
         np.concatenate([program.b for program in programs]),
-        np.concatenate([program.weights for program in programs]).astype(dtype),
+        weights,
         np.concatenate([program.trainable for program in programs]),
         np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
     )

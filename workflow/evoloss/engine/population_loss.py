@@ -139,7 +139,8 @@ class PopulationLoss:
 
     def set_weights(self, weights: NDArray[np.float64]) -> None:
         """Replace all instruction weights, end to end, shape ``(instructions,)``."""
-        self.packed.weights[:] = weights
+        with np.errstate(over="ignore"):  # as in `pack_programs`
+            self.packed.weights[:] = weights
         if self._on_device is not None:
             self._on_device.set_weights(self.packed.weights)
 

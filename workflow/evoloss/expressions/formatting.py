@@ -64,12 +64,16 @@ class _Formatter:
             return self.product(node)
         if not node.args:
             return node.symbol, ATOM, False
-        if node.symbol == "square" and not node.args[0].args:
-            text = self.operand(node.args[0], ATOM)
-            return text + ("^2" if self.latex else "²"), ATOM, False
         operator = OPERATORS[node.symbol]
         template = operator.latex if self.latex else operator.infix
-        return template.format(*[self.signed(arg) for arg in node.args]), ATOM, False
+        texts = [self.signed(arg) for arg in node.args]
+        text = template.format(*texts)
+        for arg, body in zip(node.args, texts, strict=True):
+            # the square of a name or a plain number needs no brackets
+            if not arg.args and not body.startswith("-") and "e" not in body:
+                squared = "^2" if self.latex else "²"
+                text = text.replace(self.bracket(body) + squared, body + squared)
+        return text, ATOM, False
 
     def sum(self, node: Expression) -> str:
         text = ""

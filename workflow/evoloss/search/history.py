@@ -6,21 +6,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from evoloss.results import SEARCH_COUNTS
 from evoloss.search.archive import Archive
 from evoloss.search.individuals import Individual
 
 PHASES = ("local_search", "rejection", "fitness")
-COUNTS = (
-    "archive_hits",
-    "zero_gradient",
-    "rejected",
-    "gradient_hits",
-    "stopped",
-    "diverged",
-    "evaluated",
-    "training_steps",
-)
-"""What a history row counts: fates of candidates, and the steps of the training runs (summed over candidates)."""
 
 
 def describe_generation(
@@ -33,7 +23,7 @@ def describe_generation(
     """Return a generation's row. ``best_*`` is the best loss found so far, from the archive.
 
     ``median_fitness`` is that of the individuals whose fitness is from a whole training. ``counts`` has numbers for
-    `COUNTS`, ``seconds`` for `PHASES` and the total.
+    `SEARCH_COUNTS`, ``seconds`` for `PHASES` and the total.
     """
     ranks = [individual.fitness.values for individual in population]
     finite = [fitness for spared, fitness in ranks if spared == 0]
@@ -48,6 +38,6 @@ def describe_generation(
         "best_complexity": best.complexity if best else 0,
         "median_complexity": float(statistics.median(len(i) for i in population)),
         "candidates": len(population),
-        **{name: counts.get(name, 0) for name in COUNTS},
+        **{name: counts.get(name, 0) for name in SEARCH_COUNTS},
         **{f"seconds_{phase}": value for phase, value in seconds.items()},
     }
