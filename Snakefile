@@ -20,7 +20,9 @@ include: "workflow/rules/search.smk"  # search_loss
 include: "workflow/rules/simplify.smk"  # simplify_loss
 include: "workflow/rules/finetune.smk"  # finetune_loss
 include: "workflow/rules/evaluate.smk"  # train_model
-include: "workflow/rules/report.smk"  # aggregate_results, plot_*, build_report
+include: "workflow/rules/tables.smk"  # aggregate_results
+include: "workflow/rules/figures.smk"  # plot_*
+include: "workflow/rules/report.smk"  # build_report
 include: "workflow/rules/hooks.smk"  # before the first job; after a failed one
 
 

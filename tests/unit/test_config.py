@@ -136,6 +136,15 @@ def test_a_task_overrides_single_keys(config: dict[str, Any]) -> None:
     assert not settings.uses_tuned_rate(config, "mnist5k")
 
 
+def test_a_later_file_drops_tasks_of_earlier_ones() -> None:
+    base = {"tasks": {"a": {"dataset": "x"}, "b": {"dataset": "x"}}}
+    assert settings.list_dropped_tasks([base, {"tasks": {"a": None, "c": {"dataset": "x"}}}]) == ["a"]
+    assert settings.list_dropped_tasks([base, {"tasks": {"a": None}}, base]) == []
+    # a task whose settings were forgotten is no wish to drop it: the schema refuses it
+    assert settings.list_dropped_tasks([{"tasks": {"a": None}}]) == []
+    assert settings.list_dropped_tasks([base, {"tasks": {"c": None}}, {"tasks": 3}, {}]) == []
+
+
 def test_adam_is_accepted_without_evomal(config: dict[str, Any]) -> None:
     config["methods"] = ["baseline", "gp_lfl"]
     config["tasks"]["mnist5k"]["training"]["optimizer"] = "adam"

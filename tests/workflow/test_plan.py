@@ -56,11 +56,12 @@ def test_own_csv_file_is_a_dataset(snakemake: Snakemake, tmp_path: Path) -> None
     (tmp_path / "mine.csv").write_text("a,b\n1,2\n")
     (tmp_path / "override.yaml").write_text(
         "datasets: {csv: {mine: {path: mine.csv, target: b, kind: regression}}}\n"
-        "tasks: {diabetes: {dataset: mine}}\n"
+        "tasks: {diabetes: {dataset: mine}, mnist5k_noisy: null}\n"
     )
     done = snakemake("-n", "--configfile", PRESETS / "tiny.yaml", tmp_path / "override.yaml")
     assert done.returncode == 0, done.stdout[-3000:]
     assert "input: mine.csv" in done.stdout
+    assert "mnist5k" not in done.stdout  # null takes the base file's task out
 
 
 def test_rules_are_documented(snakemake: Snakemake) -> None:

@@ -81,6 +81,18 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return config
 
 
+def list_dropped_tasks(files: Sequence[Config]) -> list[str]:
+    """Return the tasks of earlier files that a later one sets to null, which takes them out."""
+    given: dict[str, bool] = {}
+    for file in files:
+        tasks = file.get("tasks")
+        if isinstance(tasks, Mapping):
+            for name, task in tasks.items():
+                if task is not None or name in given:
+                    given[name] = task is not None
+    return [name for name, is_wanted in given.items() if not is_wanted]
+
+
 def read_schema(path: str | Path) -> dict[str, Any]:
     """Read the JSON schema of the configuration."""
     schema: dict[str, Any] = yaml.safe_load(Path(path).read_text(encoding="utf-8"))

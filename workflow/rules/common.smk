@@ -26,8 +26,9 @@ def check_config():
         str(f.relative_to(Path.cwd())) if f.is_relative_to(Path.cwd()) else str(f) for f in files
     ]
     try:
-        for name in names:
-            settings.read_config(name)  # finds keys given twice, which Snakemake lets pass
+        contents = [settings.read_config(name) for name in names]  # refuses keys given twice
+        for task in settings.list_dropped_tasks(contents):
+            del config["tasks"][task]
         schema = settings.read_schema(WORKFLOW / "schemas" / "config.schema.yaml")
         settings.validate_config(config, schema, " + ".join(names) or "--config")
     except ConfigError as error:
