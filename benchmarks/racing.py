@@ -1,6 +1,7 @@
 """Racing on against off: what it does to the losses that a search finds. ``python -m benchmarks.racing --help``.
 
-For every seed one search without racing, and one with it that goes on until it has had as much time too. Time is
+For every seed one search without racing, and one with it that goes on until it has had as many training steps and as
+much time too. Steps tell what racing is worth where training is nearly all of the time, whatever the machine. Time is
 processor time on one thread, because a shared machine's clock counts the others' work. A loss's test error is the mean
 over trainings as long as the fitness's; differences are with racing minus without, of the same seed.
 """
@@ -35,7 +36,10 @@ logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 MOST_GENERATIONS = 4
-"""A search with racing ends after so many times the generations of the one without, if it has time left by then."""
+"""A search with racing ends after so many times the generations of the one without, if it has budget left by then."""
+
+BUDGETS = {"equal_generations": "generation", "equal_steps": "steps", "equal_time": "cpu_seconds"}
+"""What searches are compared at: the key of a history row that counts it."""
 
 
 @dataclass(frozen=True)
@@ -105,23 +109,23 @@ WORKLOADS: dict[str, Callable[[], RacingWorkload]] = {
 
 
 class _EnoughError(Exception):
-    """Ends a search that has had its generations and its time."""
+    """Ends a search that has had its generations, its training steps and its time."""
 
 
 def run_search(
     engine: Engine,
     settings: SearchSettings,
     seed: int,
-    enough: Callable[[Row, float], bool] = lambda row, seconds: False,
+    enough: Callable[[Row], bool] = lambda row: False,
 ) -> list[Row]:
-    """Return the history, with processor time so far as ``cpu_seconds``; the search ends once it is ``enough``."""
+    """Return the history, with the sums so far as ``cpu_seconds`` and ``steps``; it ends once a row is ``enough``."""
     rows: list[Row] = []
     started = time.process_time()
 
     def keep(row: Row) -> None:
-        seconds = time.process_time() - started
-        rows.append({**row, "cpu_seconds": seconds})
-        if enough(row, seconds):
+        steps = row["training_steps"] + (rows[-1]["steps"] if rows else 0)
+        rows.append({**row, "cpu_seconds": time.process_time() - started, "steps": steps})
+        if enough(rows[-1]):
             raise _EnoughError
 
     try:
@@ -160,36 +164,50 @@ def describe(engine: Engine, rows: Sequence[Row], num_steps: int, trainings: int
 def compare(
     engine: Engine, settings: SearchSettings, racing: RacingSettings, seed: int, trainings: int = 5
 ) -> dict[str, Row]:
-    """Search without and with racing; return what each had found: ``off``, ``equal_generations``, ``equal_time``."""
+    """Search without and with racing; return what each had found: ``off`` and, with racing, at equal `BUDGETS`."""
     generations, num_steps = settings.num_generations, settings.fitness_steps
     off = run_search(engine, replace(settings, racing=RacingSettings()), seed)
-    budget = off[-1]["cpu_seconds"]
+    budgets = {budget: off[-1][key] for budget, key in BUDGETS.items()}
     on = run_search(
         engine,
         replace(settings, racing=racing, num_generations=MOST_GENERATIONS * generations),
         seed,
-        lambda row, seconds: bool(row["generation"] >= generations and seconds >= budget),
+        lambda row: all(row[key] >= budgets[budget] for budget, key in BUDGETS.items()),
     )
-    in_time = [row for row in on if row["cpu_seconds"] <= budget] or on[:1]
-    histories = {"off": off, "equal_generations": on[: generations + 1], "equal_time": in_time}
+    histories = {"off": off}
+    for budget, key in BUDGETS.items():
+        histories[budget] = [row for row in on if row[key] <= budgets[budget]] or on[:1]
     return {name: describe(engine, rows, num_steps, trainings) for name, rows in histories.items()}
 
 
 def summarise(results: Sequence[dict[str, Row]]) -> dict[str, dict[str, Any]]:
-    """Return the mean, least and greatest difference to ``off`` over seeds, and the share of steps spared."""
+    """Return differences to ``off`` (mean, standard error, median, least, greatest; better and worse seeds)."""
     summary: dict[str, dict[str, Any]] = {}
-    for name in ("equal_generations", "equal_time"):
-        values = {
-            key: [result[name][key] - result["off"][key] for result in results]
+    for name in BUDGETS:
+        summary[name] = {
+            key: summarise_differences([r[name][key] - r["off"][key] for r in results])
             for key in ("fitness", "test_error")
         }
-        values["share_of_steps_spared"] = [r[name]["share_of_steps_spared"] for r in results]
-        values["time_ratio"] = [r[name]["cpu_seconds"] / r["off"]["cpu_seconds"] for r in results]
-        summary[name] = {
-            key: {"mean": statistics.fmean(v), "min": min(v), "max": max(v)}
-            for key, v in values.items()
-        }
+        summary[name]["share_of_steps_spared"] = statistics.fmean(
+            r[name]["share_of_steps_spared"] for r in results
+        )
+        summary[name]["time_ratio"] = statistics.fmean(
+            r[name]["cpu_seconds"] / r["off"]["cpu_seconds"] for r in results
+        )
     return summary
+
+
+def summarise_differences(values: Sequence[float]) -> dict[str, float]:
+    """Return what the table shows of one value per seed; at least two."""
+    return {
+        "mean": statistics.fmean(values),
+        "standard_error": statistics.stdev(values) / len(values) ** 0.5,
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+        "better": sum(value < 0 for value in values),
+        "worse": sum(value > 0 for value in values),
+    }
 
 
 def cut_down(settings: SearchSettings, options: argparse.Namespace) -> SearchSettings:
@@ -219,6 +237,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--first-rung", type=float, default=0.25)
     parser.add_argument("--json", type=Path, help="add the results to this file")
     options = parser.parse_args(arguments)
+    if options.seeds < 2:
+        parser.error(f"--seeds is {options.seeds}; a comparison needs at least 2")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     torch.set_num_threads(1)
     logging.getLogger("evoloss").setLevel(logging.WARNING)

@@ -161,8 +161,8 @@ def format_racing(results: Mapping[str, Any]) -> str:
                     str(len(r["seeds"])),
                     budget.replace("_", " "),
                     *(format_difference(summary[key]) for key in ("fitness", "test_error")),
-                    f"{summary['share_of_steps_spared']['mean']:.0%}",
-                    f"{summary['time_ratio']['mean']:.2f}",
+                    f"{summary['share_of_steps_spared']:.0%}",
+                    f"{summary['time_ratio']:.2f}",
                 ]
             )
     header = [
@@ -173,8 +173,9 @@ def format_racing(results: Mapping[str, Any]) -> str:
 
 
 def format_difference(summary: Mapping[str, float]) -> str:
-    """Return ``mean (least .. greatest)`` of differences, with signs."""
-    return f"{summary['mean']:+.4f} ({summary['min']:+.4f} .. {summary['max']:+.4f})"
+    """Return ``mean ± standard error, median; better : worse`` of differences."""
+    mean, error, median = (summary[key] for key in ("mean", "standard_error", "median"))
+    return f"{mean:+.4f} ± {error:.4f}, {median:+.4f}; {summary['better']} : {summary['worse']}"
 
 
 SECTIONS = {

@@ -251,9 +251,23 @@ def test_racing_is_compared_with_the_same_search_without(
     difference = [
         s["equal_generations"]["fitness"] - s["off"]["fitness"] for s in toy_result["seeds"]
     ]
-    assert toy_result["summary"]["equal_generations"]["fitness"]["mean"] == np.mean(difference)
+    summary = toy_result["summary"]["equal_generations"]["fitness"]
+    assert summary["mean"] == summary["median"] == np.mean(difference)
+    assert summary["standard_error"] == pytest.approx(abs(difference[0] - difference[1]) / 2)
+    assert summary["better"] == sum(d < 0 for d in difference)
+    assert set(toy_result["summary"]) == {"equal_generations", "equal_steps", "equal_time"}
+    for seed in toy_result["seeds"]:
+        steps = [
+            (1 - seed[name]["share_of_steps_spared"]) * 8 * seed[name]["candidates_trained"]
+            for name in ("off", "equal_steps")
+        ]
+        assert steps[1] <= steps[0]
+        assert seed["equal_steps"]["generation"] >= 4
     printed = capsys.readouterr().out
-    assert "| toy | 8 x 4 | 2 + 8 | 0.1 | 2 | equal generations | " in printed
+    assert "| toy | 8 x 4 | 2 + 8 | 0.1 | 2 | equal steps | " in printed
+    with pytest.raises(SystemExit):
+        racing.main(["--seeds", "1"])
+    assert "--seeds is 1; a comparison needs at least 2" in capsys.readouterr().err
 
 
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

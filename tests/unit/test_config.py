@@ -138,7 +138,9 @@ def test_a_task_overrides_single_keys(config: dict[str, Any]) -> None:
 
 def test_a_later_file_drops_tasks_of_earlier_ones() -> None:
     base = {"tasks": {"a": {"dataset": "x"}, "b": {"dataset": "x"}}}
-    assert settings.list_dropped_tasks([base, {"tasks": {"a": None, "c": {"dataset": "x"}}}]) == ["a"]
+    assert settings.list_dropped_tasks([base, {"tasks": {"a": None, "c": {"dataset": "x"}}}]) == [
+        "a"
+    ]
     assert settings.list_dropped_tasks([base, {"tasks": {"a": None}}, base]) == []
     # a task whose settings were forgotten is no wish to drop it: the schema refuses it
     assert settings.list_dropped_tasks([{"tasks": {"a": None}}]) == []
