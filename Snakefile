@@ -23,7 +23,7 @@ include: "workflow/rules/evaluate.smk"  # train_model
 include: "workflow/rules/tables.smk"  # aggregate_results
 include: "workflow/rules/figures.smk"  # plot_*
 include: "workflow/rules/report.smk"  # build_report
-include: "workflow/rules/hooks.smk"  # before the first job; after a failed one
+include: "workflow/rules/hooks.smk"  # before the first job; at the end of a run
 
 
 rule all:

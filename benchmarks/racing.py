@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import statistics
 import sys
 import time
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 MOST_GENERATIONS = 4
-"""A search with racing ends after so many times the generations of the one without, if it has budget left by then."""
+"""A search with racing ends after so many times the generations of the one without, even with budget left by then."""
 
 BUDGETS = {"equal_generations": "generation", "equal_steps": "steps", "equal_time": "cpu_seconds"}
 """What searches are compared at: the key of a history row that counts it."""
@@ -181,9 +182,9 @@ def compare(
 
 
 def summarise(results: Sequence[dict[str, Row]]) -> dict[str, dict[str, Any]]:
-    """Return differences to ``off`` (mean, standard error, median, least, greatest; better and worse seeds)."""
+    """Return differences to ``off`` (see `summarise_differences`) and the means of what racing spared."""
     summary: dict[str, dict[str, Any]] = {}
-    for name in BUDGETS:
+    for name in (name for name in results[0] if name != "off"):
         summary[name] = {
             key: summarise_differences([r[name][key] - r["off"][key] for r in results])
             for key in ("fitness", "test_error")
@@ -197,16 +198,30 @@ def summarise(results: Sequence[dict[str, Row]]) -> dict[str, dict[str, Any]]:
     return summary
 
 
-def summarise_differences(values: Sequence[float]) -> dict[str, float]:
-    """Return what the table shows of one value per seed; at least two."""
+def summarise_differences(values: Sequence[float]) -> dict[str, float | None]:
+    """Return what the table shows of one difference per seed; negative is better.
+
+    ``left_out`` counts those that are not finite: a search found no loss, or a test training diverged. What too few
+    finite ones do not tell is None.
+    """
+    fine = [value for value in values if math.isfinite(value)]
     return {
-        "mean": statistics.fmean(values),
-        "standard_error": statistics.stdev(values) / len(values) ** 0.5,
-        "median": statistics.median(values),
-        "min": min(values),
-        "max": max(values),
-        "better": sum(value < 0 for value in values),
-        "worse": sum(value > 0 for value in values),
+        "mean": statistics.fmean(fine) if fine else None,
+        "standard_error": statistics.stdev(fine) / len(fine) ** 0.5 if len(fine) > 1 else None,
+        "median": statistics.median(fine) if fine else None,
+        "min": min(fine, default=None),
+        "max": max(fine, default=None),
+        "better": sum(value < 0 for value in fine),
+        "worse": sum(value > 0 for value in fine),
+        "left_out": len(values) - len(fine),
+    }
+
+
+def replace_nan(row: Row) -> Row:
+    """Return a row whose numbers that are not finite are None, as JSON has no others."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
     }
 
 
@@ -261,7 +276,9 @@ def main(arguments: Sequence[str]) -> int:
             "search": search,
             "training": asdict(workload.settings),
             "summary": summarise(seeds),
-            "seeds": seeds,
+            "seeds": [
+                {budget: replace_nan(row) for budget, row in result.items()} for result in seeds
+            ],
         }
         section = {"machine": machine, "results": {name: found}}
         sys.stdout.write(format_section("racing", section) + "\n\n")

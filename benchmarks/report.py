@@ -172,10 +172,14 @@ def format_racing(results: Mapping[str, Any]) -> str:
     return make_table(header, rows)
 
 
-def format_difference(summary: Mapping[str, float]) -> str:
-    """Return ``mean ± standard error, median; better : worse`` of differences."""
-    mean, error, median = (summary[key] for key in ("mean", "standard_error", "median"))
-    return f"{mean:+.4f} ± {error:.4f}, {median:+.4f}; {summary['better']} : {summary['worse']}"
+def format_difference(summary: Mapping[str, Any]) -> str:
+    """Return ``mean ± standard error, median; better : worse`` of differences; ``?`` for what is not known."""
+    mean, median = (
+        "?" if summary[key] is None else f"{summary[key]:+.4f}" for key in ("mean", "median")
+    )
+    error = "?" if summary["standard_error"] is None else f"{summary['standard_error']:.4f}"
+    left_out = f"; {summary['left_out']} left out" if summary["left_out"] else ""
+    return f"{mean} ± {error}, {median}; {summary['better']} : {summary['worse']}{left_out}"
 
 
 SECTIONS = {

@@ -270,6 +270,17 @@ def test_racing_is_compared_with_the_same_search_without(
     assert "--seeds is 1; a comparison needs at least 2" in capsys.readouterr().err
 
 
+def test_differences_that_are_not_finite_are_left_out() -> None:
+    summary = racing.summarise_differences([float("nan"), -1.0, float("inf"), 0.0, 4.0])
+    assert summary["left_out"] == 2
+    assert summary["mean"] == 1.0
+    assert summary["standard_error"] == pytest.approx(np.std([-1, 0, 4], ddof=1) / 3**0.5)
+    assert report.format_difference(summary) == "+1.0000 ± 1.5275, +0.0000; 1 : 1; 2 left out"
+    lost = racing.summarise_differences([float("nan")] * 2)
+    assert report.format_difference(lost) == "? ± ?, ?; 0 : 0; 2 left out"
+    assert racing.replace_nan({"a": float("inf"), "b": 1}) == {"a": None, "b": 1}
+
+
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ModelError, match=r"activation is 'selu'.*relu, tanh"):
         replace(make_workload("xor"), model_options={"activation": "selu"}).build_engine(CPU)

@@ -113,12 +113,15 @@ def test_own_csv_dataset(config: dict[str, Any], tmp_path: Path) -> None:
     config["tasks"]["diabetes"]["dataset"] = "my_data"
     with pytest.raises(ConfigError, match=r"datasets\.csv\.my_data\.path: there is no file"):
         settings.validate_config(config, SCHEMA)
-    for text, message in (("", "path: .* is empty"), ("price,T\n1,2\n", "target: .*no column 't'")):
+    for text, message in (
+        ("", "path: .* cannot be read as CSV: No columns"),
+        ("price,T\n1,2\n", "target: .*no column 't'"),
+    ):
         (tmp_path / "my.csv").write_text(text)
         with pytest.raises(ConfigError, match=rf"datasets\.csv\.my_data\.{message}"):
             settings.validate_config(config, SCHEMA)
     (tmp_path / "my.csv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match=r"datasets\.csv\.my_data\.path: .* cannot be read"):
+    with pytest.raises(ConfigError, match=r"my_data\.path: .* cannot be read as CSV: 'utf-8'"):
         settings.validate_config(config, SCHEMA)
     (tmp_path / "my.csv").write_text("\ufeffa,t\n1,1\n", encoding="utf-8")
     settings.validate_config(config, SCHEMA)
@@ -136,15 +139,28 @@ def test_a_task_overrides_single_keys(config: dict[str, Any]) -> None:
     assert not settings.uses_tuned_rate(config, "mnist5k")
 
 
-def test_a_later_file_drops_tasks_of_earlier_ones() -> None:
-    base = {"tasks": {"a": {"dataset": "x"}, "b": {"dataset": "x"}}}
-    assert settings.list_dropped_tasks([base, {"tasks": {"a": None, "c": {"dataset": "x"}}}]) == [
-        "a"
-    ]
-    assert settings.list_dropped_tasks([base, {"tasks": {"a": None}}, base]) == []
-    # a task whose settings were forgotten is no wish to drop it: the schema refuses it
-    assert settings.list_dropped_tasks([{"tasks": {"a": None}}]) == []
-    assert settings.list_dropped_tasks([base, {"tasks": {"c": None}}, {"tasks": 3}, {}]) == []
+@pytest.mark.parametrize(
+    ("files", "merged", "left"),
+    [
+        ([{"tasks": {"a": 1, "b": 1}}, {"tasks": {"a": None}}], {"a": None, "b": 1}, {"b": 1}),
+        ([{"tasks": {"a": 1}}, {"tasks": {"a": None}}, {"tasks": {"a": 2}}], {"a": 2}, {"a": 2}),
+        (
+            [{"tasks": {"a": 1}}, {"tasks": {"a": None}}],
+            {"a": 3},
+            {"a": 3},
+        ),  # --config gave it again
+        ([{"tasks": {"a": None}}], {"a": None}, {"a": None}),
+        ([{"tasks": {"a": 1}}, {"tasks": {"b": None}}], {"a": 1, "b": None}, {"a": 1, "b": None}),
+        ([{"tasks": {"a": 1}}, {"tasks": 3}], 3, 3),
+        ([{}], {}, {}),
+    ],
+)
+def test_a_later_file_drops_tasks_of_earlier_ones(
+    files: list[dict[str, Any]], merged: Any, left: Any
+) -> None:
+    config = {"tasks": merged}
+    settings.drop_tasks(config, files)
+    assert config == {"tasks": left}
 
 
 def test_adam_is_accepted_without_evomal(config: dict[str, Any]) -> None:

@@ -250,7 +250,7 @@ def test_the_same_seed_gives_the_same_race() -> None:
     assert run(1) == run(1)
 
 
-def test_the_benchmark_compares_at_equal_generations_and_equal_time() -> None:
+def test_the_benchmark_compares_at_equal_budgets() -> None:
     settings = make_search(HALVING).settings
     results = [compare(make_engine(), settings, HALVING, seed, trainings=1) for seed in (0, 1)]
     for result in results:
@@ -259,5 +259,9 @@ def test_the_benchmark_compares_at_equal_generations_and_equal_time() -> None:
         assert result["equal_generations"]["generation"] == settings.num_generations
         assert 0.0 < result["equal_generations"]["share_of_steps_spared"] < 1.0
         assert result["equal_time"]["cpu_seconds"] <= result["off"]["cpu_seconds"]
+        on, off = result["equal_steps"], result["off"]
+        spared = 1.0 - on["share_of_steps_spared"]
+        assert spared * on["candidates_trained"] <= off["candidates_trained"] + 1e-9
+        assert on["generation"] >= settings.num_generations
     spread = summarise(results)["equal_generations"]["fitness"]
     assert spread["min"] <= spread["mean"] <= spread["max"]

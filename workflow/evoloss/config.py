@@ -8,7 +8,6 @@ workflow reads the configuration anew.
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -81,16 +80,23 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return config
 
 
-def list_dropped_tasks(files: Sequence[Config]) -> list[str]:
-    """Return the tasks of earlier files that a later one sets to null, which takes them out."""
-    given: dict[str, bool] = {}
-    for file in files:
-        tasks = file.get("tasks")
-        if isinstance(tasks, Mapping):
-            for name, task in tasks.items():
-                if task is not None or name in given:
-                    given[name] = task is not None
-    return [name for name, is_wanted in given.items() if not is_wanted]
+def drop_tasks(config: dict[str, Any], files: Sequence[Config]) -> None:
+    """Take those tasks out of the merged ``config`` that one of its ``files`` gave and a later one set to null.
+
+    A task that is null from the start was rather forgotten: the schema refuses it.
+    """
+    given = {
+        name
+        for file in files
+        if isinstance(file.get("tasks"), Mapping)
+        for name, task in file["tasks"].items()
+        if task is not None
+    }
+    tasks = config.get("tasks")
+    if isinstance(tasks, dict):
+        for name in given:
+            if name in tasks and tasks[name] is None:
+                del tasks[name]
 
 
 def read_schema(path: str | Path) -> dict[str, Any]:
@@ -201,13 +207,13 @@ def _check_csv(where: str, path: Path, target: str) -> None:
     """Check that the file is there and has the target column; what else may be wrong with it, its first job tells."""
     if not path.is_file():
         raise ConfigError(f"{where}.path: there is no file {str(path.absolute())!r}")
+    import pandas as pd  # only here: all that runs without a table of its own starts sooner
+
     try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            header = next(csv.reader(stream), None)
-    except (OSError, ValueError, csv.Error) as error:
-        raise ConfigError(f"{where}.path: {str(path)!r} cannot be read: {error}") from error
-    if header is None:
-        raise ConfigError(f"{where}.path: {str(path)!r} is empty")
+        header = list(map(str, pd.read_csv(path, nrows=0).columns))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{where}.path: {str(path)!r} cannot be read as CSV: {reason}") from error
     if target not in header:
         raise ConfigError(
             f"{where}.target: {str(path)!r} has no column {describe_choices(target, header)}"

@@ -27,8 +27,7 @@ def check_config():
     ]
     try:
         contents = [settings.read_config(name) for name in names]  # refuses keys given twice
-        for task in settings.list_dropped_tasks(contents):
-            del config["tasks"][task]
+        settings.drop_tasks(config, contents)
         schema = settings.read_schema(WORKFLOW / "schemas" / "config.schema.yaml")
         settings.validate_config(config, schema, " + ".join(names) or "--config")
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""What happens before the first job, and when a run with --keep-going has lost some. No rules."""
+"""What happens before the first job and at the end: the report's place, or a report of what there is. No rules."""
 
 import json
 import subprocess
