@@ -29,8 +29,9 @@ from evoloss.engine import Engine, LocalSearchSettings, TrainingSettings
 from evoloss.engine.filters import RejectionSettings
 from evoloss.engine.racing import RacingSettings
 from evoloss.expressions import compile_expression, parse_expression
-from evoloss.search.gp_search import GPSearch, SearchSettings
+from evoloss.search.gp_search import GPSearch
 from evoloss.search.individuals import VariationSettings
+from evoloss.search.settings import SearchSettings
 from evoloss.tasks import Task
 
 logger = logging.getLogger(__name__)

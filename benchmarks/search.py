@@ -9,8 +9,9 @@ from typing import Any
 from benchmarks.machine import read_peak_memory
 from benchmarks.workloads import Workload, read_paper_section
 from evoloss.engine import Engine
-from evoloss.search.gp_search import GPSearch, SearchSettings
+from evoloss.search.gp_search import GPSearch
 from evoloss.search.history import PHASES
+from evoloss.search.settings import SearchSettings
 from evoloss.stages.searching import ProgressLog, build_search_settings
 
 logger = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from evoloss.engine.filters import RejectionSettings
-from evoloss.search.gp_search import SearchSettings
 from evoloss.search.individuals import VariationSettings
+from evoloss.search.settings import SearchSettings
 from evoloss.seeding import numpy_generator
 from evoloss.tasks import Split, Task
 

@@ -17,8 +17,9 @@ from evoloss.engine.filters import RejectionSettings
 from evoloss.engine.racing import RaceResult, RacingSettings, RungScores, run_race
 from evoloss.expressions import Program, compile_weighted_tree, parse_expression
 from evoloss.search.archive import WORST
-from evoloss.search.gp_search import GPSearch, SearchSettings
+from evoloss.search.gp_search import GPSearch
 from evoloss.search.individuals import VariationSettings
+from evoloss.search.settings import SearchSettings
 
 HALVING = RacingSettings(2, 0.25)
 NUM_STEPS = 16
@@ -236,7 +237,7 @@ def test_a_gradient_twin_of_a_stopped_loss_is_no_better() -> None:
     search.archive.rung_scores = know_ends([-1.0, -1.0, -1.0])
     first = parse_expression("square(sub(y, f(x)))")
     twin = parse_expression("add(y, square(sub(y, f(x))))")
-    search._evaluate_fresh({"first": first, "twin": twin})
+    search.evaluation._evaluate_fresh({"first": first, "twin": twin})
     records = search.archive.records
     assert [records[key].status for key in ("first", "twin")] == ["stopped", "gradient_hits"]
     assert records["twin"].rank == records["first"].rank

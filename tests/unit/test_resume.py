@@ -22,9 +22,10 @@ from evoloss.engine.snapshot import restore_snapshot, take_snapshot
 from evoloss.engine.training_run import TrainingRun
 from evoloss.errors import CheckpointError
 from evoloss.expressions import compile_weighted_tree, parse_expression
-from evoloss.search.gp_search import GPSearch, SearchResult, SearchSettings
+from evoloss.search.gp_search import GPSearch, SearchResult
 from evoloss.search.individuals import Variation, VariationSettings, to_expression
 from evoloss.search.search_state import describe_archive, restore_archive
+from evoloss.search.settings import SearchSettings
 from evoloss.seeding import global_random
 from evoloss.tasks import Task
 

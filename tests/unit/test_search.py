@@ -21,8 +21,9 @@ from evoloss.engine import Engine, LocalSearchSettings, TrainingSettings
 from evoloss.engine.filters import RejectionSettings
 from evoloss.expressions import compile_weighted_tree, evaluate_program, parse_expression
 from evoloss.search.archive import WORST, Archive, Record
-from evoloss.search.gp_search import GPSearch, SearchSettings
+from evoloss.search.gp_search import GPSearch
 from evoloss.search.individuals import Individual, Variation, VariationSettings, to_expression
+from evoloss.search.settings import SearchSettings
 from evoloss.seeding import derive_seed, global_random
 
 VARIATION = VariationSettings(4, 1.4, 0.70, 0.25, 0.05, 2, 4, 10)
@@ -228,14 +229,14 @@ def test_equivalent_trees_are_evaluated_once() -> None:
         "mul(1, add(1, square(sub(y, f(x)))))", "sign(sub(y, f(x)))", "sign(sub(y, f(x)))",
     ]  # fmt: skip
     population = [make_individual(variation, text) for text in trees]
-    search._evaluate(population)
+    search.evaluation.evaluate(population)
     assert len({ind.fitness.values for ind in population[:3]}) == 1
     steps = search.settings.fitness_steps
-    assert search._counts == {
+    assert search.evaluation.counts == {
         "archive_hits": 3, "evaluated": 1, "zero_gradient": 1, "training_steps": steps,
     }  # fmt: skip
-    search._evaluate(population)
-    assert +search._counts == {"archive_hits": 5}, "rejected losses are remembered too"
+    search.evaluation.evaluate(population)
+    assert +search.evaluation.counts == {"archive_hits": 5}, "rejected losses are remembered too"
 
 
 def make_individual(variation: Variation, text: str) -> Individual:

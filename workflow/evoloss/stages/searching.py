@@ -10,8 +10,9 @@ from typing import Any
 from evoloss.engine import LocalSearchSettings
 from evoloss.engine.filters import RejectionSettings
 from evoloss.engine.racing import RacingSettings
-from evoloss.search.gp_search import GPSearch, SearchResult, SearchSettings
+from evoloss.search.gp_search import GPSearch, SearchResult
 from evoloss.search.individuals import VariationSettings
+from evoloss.search.settings import SearchSettings
 from evoloss.stages.setup import StageInput
 
 logger = logging.getLogger(__name__)

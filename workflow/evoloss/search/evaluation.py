@@ -1,0 +1,244 @@
+"""The evaluation of one generation: archive, local search, the filters in the paper's order, training."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from evoloss.engine import Engine
+from evoloss.engine.filters import RejectionResult, has_zero_gradient, run_rejection_protocol
+from evoloss.engine.racing import run_race
+from evoloss.engine.safe_point import SafePoint
+from evoloss.expressions import (
+    Expression,
+    Program,
+    compile_weighted_tree,
+    program_to_expression,
+)
+from evoloss.expressions.canonical import canonical_key
+from evoloss.search.archive import WORST, Archive, Record
+from evoloss.search.history import PHASES
+from evoloss.search.individuals import Individual, to_expression
+from evoloss.search.settings import SearchSettings
+from evoloss.seeding import numpy_generator
+
+
+class Evaluation:
+    """Gives the individuals of a search their fitness, one generation after the other.
+
+    Parameters
+    ----------
+    archive
+        What the search remembers; every loss that is evaluated is added.
+    at_safe_point
+        Called within a generation wherever its progress can be saved, with a function that returns that progress;
+        None if nothing is saved.
+
+    Attributes
+    ----------
+    counts
+        Of the last generation, by the names of `SEARCH_COUNTS`.
+    seconds
+        That the last generation took, by `PHASES`.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        settings: SearchSettings,
+        search_seed: int,
+        archive: Archive,
+        at_safe_point: SafePoint | None = None,
+    ) -> None:
+        self.engine = engine
+        self.settings = settings
+        self.search_seed = search_seed
+        self.archive = archive
+        self.counts: Counter[str] = Counter()
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._at_safe_point = at_safe_point
+        self._generation = 0
+        self._resume: Mapping[str, Any] = {}
+        self._tuned: list[Program] = []
+        self._verdicts = RejectionResult(np.zeros(0, dtype=bool), [])
+
+    def evaluate(
+        self,
+        population: Sequence[Individual],
+        generation: int = 0,
+        resume: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Give every individual its fitness; ``resume`` is the progress that ``at_safe_point`` was given for it."""
+        self.counts = Counter()
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._generation = generation
+        self._resume = resume or {}
+        trees = [to_expression(individual) for individual in population]
+        keys = [canonical_key(tree) for tree in trees]
+        fresh: dict[str, Expression] = {}
+        for key, tree in zip(keys, trees, strict=True):
+            if key in self.archive.records or key in fresh:
+                self.counts["archive_hits"] += 1
+            else:
+                fresh[key] = tree
+        self._evaluate_fresh(fresh)
+        for individual, key in zip(population, keys, strict=True):
+            individual.fitness.values = self.archive.records[key].rank
+
+    def _remember(
+        self,
+        key: str,
+        tree: Expression,
+        program: Program,
+        status: str,
+        fitness: float,
+        spared: int = 0,
+    ) -> None:
+        self.counts[status] += 1
+        tuned = program_to_expression(program) if self.settings.local_search else tree
+        self.archive.records[key] = Record(
+            tree, tuned, tree.complexity, status, fitness, self._generation, spared
+        )
+
+    def _initial_program(self, key: str, tree: Expression) -> Program:
+        """Compile a tree; for the local search with weights drawn from N(1, deviation) by the tree's own stream."""
+        program = compile_weighted_tree(tree)
+        if self.settings.local_search is None:
+            return program
+        noise = numpy_generator(self.search_seed, "loss parameters", key).normal(
+            0.0, self.settings.initial_deviation, int(program.trainable.sum())
+        )
+        return program.with_loss_params(program.loss_params * (1.0 + noise))
+
+    def _evaluate_fresh(self, fresh: dict[str, Expression]) -> None:
+        started: dict[str, Program] = {}
+        for key, tree in fresh.items():
+            program = self._initial_program(key, tree)
+            if has_zero_gradient(tree):
+                self._remember(key, tree, program, "zero_gradient", WORST)
+            else:
+                started[key] = program
+        clock = time.perf_counter()
+        programs = self._tuned = self._run_local_search(list(started.values()))
+        clock = self._lap("local_search", clock)
+        result = self._verdicts = self._run_rejection(programs)
+        clock = self._lap("rejection", clock)
+        pending: list[tuple[str, Program, bytes]] = []
+        twins: list[tuple[str, Program, bytes]] = []
+        first: set[bytes] = set()
+        for key, program, rejected, gradient_key in zip(
+            started, programs, result.rejected, result.gradient_keys, strict=True
+        ):
+            if rejected:
+                self._remember(key, fresh[key], program, "rejected", WORST)
+            elif gradient_key in self.archive.key_by_gradient or gradient_key in first:
+                twins.append((key, program, gradient_key))
+            else:
+                first.add(gradient_key)
+                pending.append((key, program, gradient_key))
+        self._run_fitness(
+            pending,
+            fresh,
+            self._resume.get("fitness"),
+            self._reach_fitness_point if self._at_safe_point else None,
+        )
+        orphans = []
+        for key, program, gradient_key in twins:
+            twin = self.archive.key_by_gradient.get(gradient_key)
+            if twin is None:  # its first twin diverged, which says nothing about this one
+                orphans.append((key, program, gradient_key))
+            else:
+                known = self.archive.records[twin]
+                self._remember(
+                    key, fresh[key], program, "gradient_hits", known.fitness, known.spared
+                )
+        self._run_fitness(orphans, fresh)
+        self._lap("fitness", clock)
+
+    def _run_local_search(self, programs: list[Program]) -> list[Program]:
+        """Optimise the weights; a resumed generation takes them from the checkpoint as far as it has them."""
+        s = self.settings
+        if s.local_search is None:
+            return programs
+        if "fitness" in self._resume:
+            done = self._resume["fitness"]["weights"]
+            return [replace(p, weights=w.numpy()) for p, w in zip(programs, done, strict=True)]
+        return self.engine.local_search(
+            programs,
+            s.local_search,
+            self.search_seed,
+            "local search",
+            resume=self._resume.get("local_search"),
+            at_safe_point=partial(self._reach_safe_point, "local_search")
+            if self._at_safe_point
+            else None,
+        )
+
+    def _run_rejection(self, programs: list[Program]) -> RejectionResult:
+        """Return the verdicts; a resumed fitness run's are the checkpoint's, as another machine may round otherwise."""
+        if "fitness" in self._resume:
+            known = self._resume["fitness"]
+            keys = [bytes.fromhex(key) for key in known["gradient_keys"]]
+            return RejectionResult(np.array(known["rejected"], dtype=bool), keys)
+        return run_rejection_protocol(
+            self.engine, programs, self.settings.rejection, self.search_seed
+        )
+
+    def _reach_safe_point(self, name: str, get_progress: Callable[[], Any]) -> None:
+        if self._at_safe_point is not None:
+            self._at_safe_point(lambda: {name: get_progress()})
+
+    def _reach_fitness_point(self, get_race: Callable[[], Any]) -> None:
+        self._reach_safe_point(
+            "fitness",
+            lambda: {
+                "weights": [torch.from_numpy(program.weights) for program in self._tuned],
+                "rejected": self._verdicts.rejected.tolist(),
+                "gradient_keys": [key.hex() for key in self._verdicts.gradient_keys],
+                "race": get_race(),
+            },
+        )
+
+    def _run_fitness(
+        self,
+        pending: list[tuple[str, Program, bytes]],
+        fresh: dict[str, Expression],
+        resume: dict[str, Any] | None = None,
+        at_safe_point: SafePoint | None = None,
+    ) -> None:
+        """Train with the losses (key, program, gradient fingerprint) and remember how they did."""
+        race = run_race(
+            self.engine,
+            [program for _, program, _ in pending],
+            self.settings.fitness_steps,
+            self.settings.racing,
+            self.archive.rung_scores,
+            self.search_seed,
+            "fitness",
+            num_networks=self.settings.num_networks,
+            resume=resume and resume["race"],
+            at_safe_point=at_safe_point,
+        )
+        self.counts["training_steps"] += int(race.steps.sum())
+        for (key, program, gradient_key), fitness, steps in zip(
+            pending, race.fitness.tolist(), race.steps.tolist(), strict=True
+        ):
+            if not np.isfinite(fitness):
+                self._remember(key, fresh[key], program, "diverged", WORST)
+                continue
+            spared = self.settings.fitness_steps - steps
+            status = "stopped" if spared else "evaluated"
+            self._remember(key, fresh[key], program, status, fitness, spared)
+            self.archive.key_by_gradient[gradient_key] = key
+
+    def _lap(self, phase: str, since: float) -> float:
+        now = time.perf_counter()
+        self.seconds[phase] += now - since
+        return now
