@@ -50,7 +50,7 @@ LOSSES = {
 MISSING = [
     {"stage": "search_loss", "task": "diabetes", "method": "evomal", "search_seed": "1"}
     | {"status": "failed", "logs": ["results/logs/a.log"], "files": ["results/a"]},
-    {"stage": "train_model", "task": "diabetes", "method": "evomal", "train_seed": "0"}
+    {"stage": "train_model", "task": "diabetes", "method": "evomal", "train_seeds": "0-1"}
     | {"status": "not run", "logs": ["results/logs/a.log"], "files": ["results/b"]},
 ]
 """Two jobs without a result, as the workflow lists them."""
@@ -245,7 +245,7 @@ def _runs(
     steps: int,
 ) -> str:
     task, model, method, seed = key
-    path = root / "results/train_model" / task / model / method / f"seed_{seed}.parquet"
+    path = root / "results/train_model" / task / model / method / f"seeds_{seed}.parquet"
     metric = "error_rate" if kind == "classification" else "mse"
     learned = method in LEARNED
     rows: list[tuple[Any, ...]] = []
@@ -274,7 +274,8 @@ def _runs(
         "value": [row[3] for row in rows],
     }
     rate = 0.1 if method == "baseline_tuned" else 0.01
-    metadata = {"missing": missing, "learning_rate": rate, "provenance": provenance()}
+    metadata = {"train_seeds": [seed], "missing": missing, "learning_rate": rate}
+    metadata |= {"provenance": provenance()}
     write_parquet(path, columns, metadata)
     return str(path)
 

@@ -27,7 +27,7 @@ from evoloss.analysis.origin import describe_versions, load_origins, origin_tabl
 from evoloss.analysis.statistics import compare_methods, paired_t_test
 from evoloss.analysis.tables import EMPTY, Column, Table, format_cell, to_markdown
 from evoloss.errors import DataError
-from evoloss.results import read_json, write_json
+from evoloss.results import read_json, write_json, write_parquet
 
 INPUTS = (
     "datasets",
@@ -114,7 +114,7 @@ def test_paired_t_test_says_what_it_cannot_do(
 
 
 def test_identify_reads_task_model_method_and_seed() -> None:
-    run = identify("results/train_model/t/m/evomal/seed_3.parquet")
+    run = identify("results/train_model/t/m/evomal/seeds_3-5.parquet")
     assert run == {"task": "t", "model": "m", "method": "evomal", "seed": 3}
     loss = identify("/x/results/finetune_loss/t/gp_lfl/seed_12/loss.json")
     assert loss == {"task": "t", "model": None, "method": "gp_lfl", "seed": 12}
@@ -199,6 +199,15 @@ def test_all_searches_failed(tmp_path: Path) -> None:
     lost = comparison[comparison["method"].isin(["gp_lfl", "evomal"])]
     assert set(lost["verdict"]) == {"not tested"}
     assert lost["note"].str.startswith("no pair of results").all()
+
+
+def test_a_failed_search_is_missing_from_every_seed_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "train_model/t/m/evomal/seeds_2-3.parquet"
+    metadata = {"train_seeds": [2, 3], "missing": [{"search_seed": 1, "reason": REASON}]}
+    write_parquet(path, {}, metadata)
+    runs = load_runs([path])
+    assert runs["train_seed"].tolist() == [2, 3]
+    assert runs["status"].tolist() == ["failed"] * 2
 
 
 def test_a_broken_file_is_named(tmp_path: Path) -> None:

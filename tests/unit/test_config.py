@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from evoloss import config as settings
+from evoloss import config_file
 from evoloss.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
-SCHEMA = settings.read_schema(ROOT / "workflow" / "schemas" / "config.schema.yaml")
+SCHEMA = config_file.read_schema(ROOT / "workflow" / "schemas" / "config.schema.yaml")
 SHIPPED = [ROOT / "config.yaml", *sorted((ROOT / "workflow" / "presets").glob("*.yaml"))]
 
 
 @pytest.fixture
 def config() -> dict[str, Any]:
-    return settings.read_config(ROOT / "config.yaml")
+    return config_file.read_config(ROOT / "config.yaml")
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_configurations_are_valid(path: Path) -> None:
-    settings.validate_config(settings.read_config(path), SCHEMA, path.name)
+    settings.validate_config(config_file.read_config(path), SCHEMA, path.name)
 
 
 def test_every_level_of_the_schema_refuses_unknown_keys() -> None:
@@ -64,6 +68,7 @@ def set_value(config: dict[str, Any], path: str, value: Any) -> None:
         ("training/momentum", 1.0, "less than 1"),
         ("device", "gpu", "device has unknown value 'gpu' (did you mean 'cpu'?)"),
         ("train_seeds", [0, 1, 0], "train_seeds lists 0 twice"),
+        ("train_seeds_per_job", 0, "train_seeds_per_job"),
         ("search_seeds", [], "search_seeds must be a list"),
         ("methods", ["evomall"], "unknown method in methods: 'evomall' (did you mean 'evomal'?)"),
         ("tasks/diabetes/dataset", "iris", "tasks.diabetes: unknown dataset 'iris'; accepted:"),
@@ -159,7 +164,7 @@ def test_a_later_file_drops_tasks_of_earlier_ones(
     files: list[dict[str, Any]], merged: Any, left: Any
 ) -> None:
     config = {"tasks": merged}
-    settings.drop_tasks(config, files)
+    config_file.drop_tasks(config, files)
     assert config == {"tasks": left}
 
 
@@ -191,7 +196,7 @@ def test_unreadable_files_are_named(tmp_path: Path, text: str, sentence: str) ->
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
-        settings.read_config(path)
+        config_file.read_config(path)
     assert "bad.yaml" in str(caught.value)
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -199,7 +204,7 @@ def test_unreadable_files_are_named(tmp_path: Path, text: str, sentence: str) ->
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.yaml cannot be read"):
-        settings.read_config(tmp_path / "none.yaml")
+        config_file.read_config(tmp_path / "none.yaml")
 
 
 def test_names_agree_with_the_registries() -> None:
@@ -207,3 +212,16 @@ def test_names_agree_with_the_registries() -> None:
     models = pytest.importorskip("evoloss.tasks.models")
     assert set(datasets.DATASETS) - {"csv"} == set(settings.DATASETS)
     assert set(models.MODELS) == set(settings.MODELS)
+
+
+@given(
+    seeds=st.lists(st.integers(0, 10**6), min_size=1, max_size=30, unique=True),
+    size=st.integers(1, 12),
+)
+def test_every_training_seed_is_in_one_group(seeds: list[int], size: int) -> None:
+    groups = settings.group_seeds(seeds, size)
+    assert [seed for group in groups.values() for seed in group] == sorted(seeds)
+    assert max(map(len, groups.values())) <= size
+    assert len(groups) == math.ceil(len(seeds) / size)
+    for name, group in groups.items():
+        assert name.split("-") == [str(seed) for seed in sorted({group[0], group[-1]})]

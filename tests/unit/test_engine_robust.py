@@ -13,7 +13,7 @@ import torch
 from toy_tasks import make_toy_task
 
 import oracle
-from evoloss.config import read_config
+from evoloss.config_file import read_config
 from evoloss.engine import Engine, LocalSearchSettings, TaskLoss, TrainingRun, TrainingSettings
 from evoloss.engine.engine import FAST_PATHS
 from evoloss.engine.general import GeneralPath

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from config_mutations import mutate_config
 from evoloss import config as configuration
+from evoloss import config_file
 from evoloss.dataset_card import read_dataset_card
 from evoloss.errors import ConfigError, DataError, LossFileError
 from evoloss.expressions import parse_expression
@@ -26,8 +27,8 @@ from evoloss.losses.loss_file import read_loss, save_loss
 from evoloss.tasks.datasets import prepare_dataset, read_dataset, save_dataset
 
 ROOT = Path(__file__).parents[2]
-SCHEMA = configuration.read_schema(ROOT / "workflow" / "schemas" / "config.schema.yaml")
-GOOD = configuration.read_config(ROOT / "config.yaml")
+SCHEMA = config_file.read_schema(ROOT / "workflow" / "schemas" / "config.schema.yaml")
+GOOD = config_file.read_config(ROOT / "config.yaml")
 
 thousand = settings(
     max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

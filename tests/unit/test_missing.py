@@ -31,9 +31,9 @@ LOST = {
     "every search": "(search|simplify|finetune)_loss/|train_model/.*/(gp_lfl|evomal)",
 }
 LOST_SEEDS = {
-    "a training seed": r"train_model/.*/seed_1\.parquet",
+    "a training seed": r"train_model/.*/seeds_1\.parquet",
     "all but one training": (
-        "(search|simplify|finetune)_loss/|train_model/(?!surnames/gru/evomal/seed_0)"
+        "(search|simplify|finetune)_loss/|train_model/(?!surnames/gru/evomal/seeds_0)"
     ),
 }
 SCORES = ["mean", "std", "std_runs", "train_seeds", "runs"]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from toy_tasks import make_toy_task
 
 import oracle
-from evoloss.config import read_config
+from evoloss.config_file import read_config
 from evoloss.engine import Engine, LocalSearchSettings, PopulationLoss, TrainingSettings
 from evoloss.engine.dense import DensePath
 from evoloss.engine.dense_layers import read_layers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from evoloss.checkpoint import Checkpoints
 from evoloss.errors import DataError
 from evoloss.expressions import compile_expression, parse_expression
 from evoloss.losses.loss_file import load, save_loss
@@ -123,7 +125,7 @@ def test_failed_searches_stay_failed_and_the_others_go_on(
     save_loss(paths[1], kind="regression", expression=good, scale=0.5)
     assert load(paths[1]).scale == 0.5
     train = {"steps": 30, "num_evaluations": 3}
-    columns, metadata = train_model(stage, "evomal", paths, [0, 1], train, 0)
+    columns, metadata = train_model(stage, "evomal", paths, [0, 1], train, [0])
     assert set(columns["search_seed"]) == {1}
     assert metadata["missing"] == [{"search_seed": 0, "reason": "all rejected"}]
     assert sorted({*columns["step"]}) == [0, 10, 20, 30]
@@ -138,6 +140,51 @@ def test_the_standard_loss_trains_as_its_formula(stage: StageInput, tmp_path: Pa
     path = tmp_path / "mse.json"
     save_loss(path, kind="regression", expression=parse_expression("square(sub(y, f(x)))"))
     train = {"steps": 50, "num_evaluations": 2}
-    learned, _ = train_model(stage, "evomal", [path], [0], train, 3)
-    baseline, _ = train_model(stage, "baseline", [], [], train, 3)
+    learned, _ = train_model(stage, "evomal", [path], [0], train, [3])
+    baseline, _ = train_model(stage, "baseline", [], [], train, [3])
     assert learned["value"] == pytest.approx(baseline["value"], rel=1e-12)
+
+
+def test_training_seeds_of_one_job_are_those_of_several(stage: StageInput) -> None:
+    train = {"steps": 20, "num_evaluations": 1}
+    together, metadata = train_model(stage, "baseline", [], [], train, [4, 7])
+    alone = [train_model(stage, "baseline", [], [], train, [seed])[0] for seed in (4, 7)]
+    assert metadata["train_seeds"] == [4, 7]
+    assert together == {name: alone[0][name] + alone[1][name] for name in together}
+
+
+class _KilledError(Exception):
+    pass
+
+
+def test_a_stopped_training_of_several_seeds_goes_on_exactly(
+    stage: StageInput, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed right after its first checkpoint, its second, ...: some are of the first seed, some of the second."""
+    train = {"steps": 60, "num_evaluations": 3}
+    expected, _ = train_model(stage, "baseline", [], [], train, [0, 1])
+    save = Checkpoints.save
+    seeds = set()
+    for last in itertools.count(1):
+        saved = 0
+
+        def save_and_die(self: Checkpoints, state: Any, last: int = last) -> None:
+            nonlocal saved
+            save(self, state)
+            saved += 1
+            if saved == last:
+                seeds.add(state["train_seed"])
+                raise _KilledError
+
+        eager = replace(
+            stage, checkpoint_directory=str(tmp_path / str(last)), checkpoint_seconds=0.0
+        )
+        monkeypatch.setattr(Checkpoints, "save", save_and_die)
+        try:
+            train_model(eager, "baseline", [], [], train, [0, 1])
+        except _KilledError:
+            monkeypatch.setattr(Checkpoints, "save", save)
+            assert train_model(eager, "baseline", [], [], train, [0, 1])[0] == expected
+        else:
+            break
+    assert seeds == {0, 1}

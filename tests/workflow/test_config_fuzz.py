@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from config_mutations import mutate_config
-from evoloss.config import read_config
+from evoloss.config_file import read_config
 from snakemake_runner import PRESETS, Snakemake
 
 pytestmark = pytest.mark.workflow

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import evoloss
-from evoloss.config import read_config
+from evoloss.config_file import read_config
 from evoloss.errors import LossFileError
 from evoloss.results import read_json, read_parquet
 from snakemake_runner import PRESETS, start_snakemake
@@ -36,7 +36,7 @@ def test_the_workflow_goes_on(tmp_path: Path) -> None:
     assert "search failed" in log
     with pytest.raises(LossFileError, match="holds no loss"):
         evoloss.load(results / "finetune_loss/hopeless/gp_lfl/seed_0/loss.json")
-    frame = read_parquet(results / "train_model/hopeless/linear/gp_lfl/seed_0.parquet")
+    frame = read_parquet(results / "train_model/hopeless/linear/gp_lfl/seeds_0.parquet")
     assert len(frame) == 0
     assert frame.attrs["metadata"]["missing"][0]["search_seed"] == 0
     assert "failed" in (results / "tables/searches.md").read_text()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
 import pytest
 
-from evoloss.config import read_config
+from evoloss.config_file import read_config
 from snakemake_runner import PRESETS, ROOT, Snakemake
 
 pytestmark = pytest.mark.workflow
@@ -34,7 +35,8 @@ def test_dry_run_plans_every_rule(snakemake: Snakemake, name: str) -> None:
     config = read_config(path)
     models = sum(len(task["models"]) for task in config["tasks"].values())
     assert plan["search_loss"] == len(config["tasks"]) * 2 * len(config["search_seeds"])
-    assert plan["train_model"] == models * len(config["methods"]) * len(config["train_seeds"])
+    jobs = math.ceil(len(config["train_seeds"]) / config["train_seeds_per_job"])
+    assert plan["train_model"] == models * len(config["methods"]) * jobs
 
 
 def test_config_yaml_is_the_default(snakemake: Snakemake, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from evoloss.config import read_config
+from evoloss.config_file import read_config
 from evoloss.results import read_json, read_parquet
 from snakemake_runner import PRESETS, start_snakemake
 
@@ -132,8 +132,8 @@ def test_results_do_not_depend_on_the_number_of_cores(tiny_run: Path, tmp_path: 
     targets = [
         "results/search_loss/mnist5k_noisy/evomal/seed_0/hall_of_fame.json",
         "results/finetune_loss/mnist5k_noisy/evomal/seed_0/loss.json",
-        "results/train_model/mnist5k_noisy/linear/evomal/seed_0.parquet",
-        "results/train_model/diabetes/mlp/gp_lfl/seed_1.parquet",
+        "results/train_model/mnist5k_noisy/linear/evomal/seeds_0-1.parquet",
+        "results/train_model/diabetes/mlp/gp_lfl/seeds_0-1.parquet",
     ]
     done = start_snakemake(
         tmp_path, "--cores", 1, "--configfile", PRESETS / "tiny.yaml", "--", *targets

@@ -9,12 +9,11 @@ workflow reads the configuration anew.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jsonschema
-import yaml
 
 from evoloss.config_messages import describe_error, rank_error
 from evoloss.errors import ConfigError, describe_choices
@@ -46,65 +45,6 @@ LINEARISED_MODELS = ("linear", "mlp")
 """Models whose local search can be linearised."""
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """A safe YAML loader that refuses a key given twice; YAML would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: list[object] = []
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                line = key_node.start_mark.line + 1
-                raise ConfigError(f"key {key!r} is given twice, the second time in line {line}")
-            seen.append(key)
-        return super().construct_mapping(node, deep)
-
-
-def read_config(path: str | Path) -> dict[str, Any]:
-    """Read a YAML file; raises `ConfigError` with the file and the line of the problem."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        config = _StrictLoader(text).get_single_data()
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{path} is not valid YAML{where}: {error.problem}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path} must be a mapping of keys to values, as config.yaml is")
-    return config
-
-
-def drop_tasks(config: dict[str, Any], files: Sequence[Config]) -> None:
-    """Take those tasks out of the merged ``config`` that one of its ``files`` gave and a later one set to null.
-
-    A task that is null from the start was rather forgotten: the schema refuses it.
-    """
-    given = {
-        name
-        for file in files
-        if isinstance(file.get("tasks"), Mapping)
-        for name, task in file["tasks"].items()
-        if task is not None
-    }
-    tasks = config.get("tasks")
-    if isinstance(tasks, dict):
-        for name in given:
-            if name in tasks and tasks[name] is None:
-                del tasks[name]
-
-
-def read_schema(path: str | Path) -> dict[str, Any]:
-    """Read the JSON schema of the configuration."""
-    schema: dict[str, Any] = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    return schema
-
-
 def validate_config(config: Config, schema: Mapping[str, Any], source: str = "config.yaml") -> None:
     """Refuse a configuration that no job could run with.
 
@@ -113,7 +53,7 @@ def validate_config(config: Config, schema: Mapping[str, Any], source: str = "co
     config
         The complete configuration, as read from YAML.
     schema
-        The JSON schema, see `read_schema`.
+        The JSON schema, see `evoloss.config_file.read_schema`.
     source
         The name of the file or files, for the message.
 
@@ -140,6 +80,17 @@ def merge_section(config: Config, task: str, section: str) -> dict[str, Any]:
     own = config["tasks"][task].get(section, {}) if section in TASK_SECTIONS else {}
     merged: dict[str, Any] = sort_keys({**config[section], **own})
     return merged
+
+
+def group_seeds(seeds: Sequence[int], size: int) -> dict[str, list[int]]:
+    """Return the seeds in ascending order, ``size`` of them in a group; a group's name is its first and last seed.
+
+    >>> group_seeds([4, 0, 1, 2, 3], 2)
+    {'0-1': [0, 1], '2-3': [2, 3], '4': [4]}
+    """
+    ordered = sorted(seeds)
+    groups = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    return {"-".join(map(str, sorted({group[0], group[-1]}))): group for group in groups}
 
 
 def sort_keys(value: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 from evoloss.errors import EvolossError
 
-_PREFIX_WILDCARDS = ("dataset", "task", "model", "method", "search_seed", "train_seed")
+_PREFIX_WILDCARDS = ("dataset", "task", "model", "method", "search_seed", "train_seeds")
 
 
 @contextmanager

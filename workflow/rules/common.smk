@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(workflow.basedir) / "workflow"))
 
 import evoloss
 from evoloss import config as settings
-from evoloss import provenance
+from evoloss import config_file, provenance
 from evoloss.errors import ConfigError
 from evoloss.results import read_json
 
@@ -26,9 +26,9 @@ def check_config():
         str(f.relative_to(Path.cwd())) if f.is_relative_to(Path.cwd()) else str(f) for f in files
     ]
     try:
-        contents = [settings.read_config(name) for name in names]  # refuses keys given twice
-        settings.drop_tasks(config, contents)
-        schema = settings.read_schema(WORKFLOW / "schemas" / "config.schema.yaml")
+        contents = [config_file.read_config(name) for name in names]  # refuses keys given twice
+        config_file.drop_tasks(config, contents)
+        schema = config_file.read_schema(WORKFLOW / "schemas" / "config.schema.yaml")
         settings.validate_config(config, schema, " + ".join(names) or "--config")
     except ConfigError as error:
         sys.exit(f"Error in the configuration: {error}")
@@ -42,7 +42,7 @@ TASKS = list(config["tasks"])
 DATASETS = sorted({task["dataset"] for task in config["tasks"].values()})
 LEARNED_METHODS = [m for m in config["methods"] if m in settings.LEARNED_METHODS]
 SEARCH_SEEDS = sorted(config["search_seeds"])
-TRAIN_SEEDS = sorted(config["train_seeds"])
+TRAIN_SEEDS = settings.group_seeds(config["train_seeds"], config["train_seeds_per_job"])
 GPU = int(config["device"] == "cuda")  # "auto" must not make a cluster wait for a GPU
 ENVIRONMENT = "../../envs/environment-cuda.yaml" if GPU else "../../envs/environment.yaml"
 IMAGE = WORKFLOW.parent / "envs" / "evoloss.sif"
@@ -75,7 +75,7 @@ wildcard_constraints:
     model="[A-Za-z][A-Za-z0-9_]*",
     method="[a-z_0-9]+",
     search_seed=r"\d+",
-    train_seed=r"\d+",
+    train_seeds=r"\d+(-\d+)?",
 
 
 def grow(amount):

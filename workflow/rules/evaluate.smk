@@ -8,11 +8,11 @@ rule train_model:
         losses=get_trained_losses,
         tuned=get_tuned_rate,
     output:
-        run="results/train_model/{task}/{model}/{method}/seed_{train_seed}.parquet",
+        run="results/train_model/{task}/{model}/{method}/seeds_{train_seeds}.parquet",
     log:
-        "results/logs/train_model/{task}/{model}/{method}/seed_{train_seed}.log",
+        "results/logs/train_model/{task}/{model}/{method}/seeds_{train_seeds}.log",
     benchmark:
-        "results/benchmarks/train_model/{task}/{model}/{method}/seed_{train_seed}.tsv"
+        "results/benchmarks/train_model/{task}/{model}/{method}/seeds_{train_seeds}.tsv"
     conda:
         ENVIRONMENT
     threads: 1
@@ -21,13 +21,13 @@ rule train_model:
         runtime=grow(480),
         gpu=GPU,
     params:
-        checkpoints="results/checkpoints/train_model/{task}/{model}/{method}/seed_{train_seed}",
+        checkpoints="results/checkpoints/train_model/{task}/{model}/{method}/seeds_{train_seeds}",
         device=config["device"],
         method=lambda wildcards: wildcards.method,
         search_seeds=get_search_seeds,
-        seed=lambda wildcards: int(wildcards.train_seed),
         task=get_task,
         train=section("train"),
+        train_seeds=lambda wildcards: TRAIN_SEEDS[wildcards.train_seeds],
         training=section("training"),
         version=VERSION,
     script:

@@ -20,9 +20,9 @@ rule aggregate_results:
         losses=leave_out_missing(get_losses()),
         runs=leave_out_missing(
             expand_models(
-                "results/train_model/{task}/{model}/{method}/seed_{train_seed}.parquet",
+                "results/train_model/{task}/{model}/{method}/seeds_{train_seeds}.parquet",
                 method=config["methods"],
-                train_seed=TRAIN_SEEDS,
+                train_seeds=TRAIN_SEEDS,
             )
         ),
         searches=leave_out_missing(

@@ -15,7 +15,7 @@ if __name__ == "__main__":
             snakemake.input.get("losses") or [],
             params.search_seeds,
             params.train,
-            params.seed,
+            params.train_seeds,
         )
         write_parquet(snakemake.output.run, columns, metadata)
         stage.remove_checkpoints()

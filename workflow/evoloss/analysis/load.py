@@ -85,11 +85,11 @@ DATASET_COLUMNS = [
 TUNED_COLUMNS = ["task", "model", "best_learning_rate", "at_edge", "validation_metric", "metric"]
 
 Paths = Iterable[str | Path]
-_SEED = re.compile(r"seed_(\d+)(\.\w+)?$")
+_SEED = re.compile(r"seeds?_(\d+)(-\d+)?(\.\w+)?$")
 
 
 def identify(path: str | Path) -> dict[str, Any]:
-    """Read ``task``, ``model`` (train_model only), ``method`` and ``seed`` off a file's path.
+    """Read ``task``, ``model`` (train_model only), ``method`` and ``seed`` (the first one) off a file's path.
 
     Raises
     ------
@@ -173,9 +173,10 @@ def load_runs(paths: Paths) -> pd.DataFrame:
         frames.append(frame.assign(**shared, status="ok", reason=None))
         known = identify(path)
         run = {key: metadata.get(key, known[key]) for key in ("task", "model", "method")}
-        run["train_seed"] = metadata.get("train_seed", known["seed"])
         missing = [
-            {**run, **shared, **entry, "status": "failed"} for entry in metadata.get("missing", [])
+            {**run, **shared, "train_seed": seed, **entry, "status": "failed"}
+            for seed in metadata["train_seeds"]
+            for entry in metadata.get("missing", [])
         ]
         frames.append(pd.DataFrame(missing))
     return join_frames(frames, RUN_COLUMNS)
