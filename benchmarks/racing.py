@@ -250,7 +250,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--fitness-steps", type=int, help="likewise")
     parser.add_argument("--learning-rate", type=float, help="of the base models, likewise")
     parser.add_argument("--reduction", type=int, default=2)
-    parser.add_argument("--first-rung", type=float, default=0.25)
+    parser.add_argument("--first-rung", type=float, default=0.5)
     parser.add_argument("--json", type=Path, help="add the results to this file")
     options = parser.parse_args(arguments)
     if options.seeds < 2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -97,14 +98,17 @@ def test_without_reduction_it_is_the_plain_fitness(model_name: str) -> None:
 
 @pytest.mark.parametrize("model_name", ["linear", "mlp"])
 def test_every_score_is_that_of_plain_training_up_to_its_step(model_name: str) -> None:
-    engine = make_engine(model_name)
-    result = race(engine, FORMULAS)
+    engine, known = make_engine(model_name), know_ends()
+    result = race(engine, FORMULAS, rung_scores=known)
     rungs = HALVING.list_rungs(NUM_STEPS)
     loss = engine.population_loss(compile_all(FORMULAS))
     curve = {
         e.step: e.metric for e in engine.train(loss, NUM_STEPS, 0, "fitness", evaluate_at=rungs)
     }
-    expected = [curve[step][p] for p, step in enumerate(result.steps.tolist())]
+    expected = [
+        known.predict_end(step, NUM_STEPS, curve[step][p]) if step < NUM_STEPS else curve[step][p]
+        for p, step in enumerate(result.steps.tolist())
+    ]
     np.testing.assert_allclose(result.fitness, expected, rtol=1e-12)
     # the race as its definition says it
     running = list(range(len(FORMULAS)))
@@ -206,16 +210,52 @@ def make_search(racing: RacingSettings, seed: int = 0) -> GPSearch:
     return GPSearch(make_engine(), settings, seed)
 
 
-def test_a_search_ranks_no_stopped_loss_above_a_trained_one() -> None:
+@pytest.mark.parametrize(
+    ("score", "expected"),
+    [
+        (0.8, 0.4),  # half as large, as the one in the middle
+        (0.6, 0.3),
+        (0.2, math.nextafter(0.15, 1.0)),  # not as good as the best
+        (0.0, math.nextafter(0.15, 1.0)),
+    ],
+)
+def test_a_stopped_candidate_is_expected_to_go_on_as_others_did(
+    score: float, expected: float
+) -> None:
+    known = RungScores({}, {4: [0.6, 0.5, 0.9, 0.0], NUM_STEPS: [0.15, 0.25, 0.81, 0.7]})
+    assert known.predict_end(4, NUM_STEPS, score) == expected
+
+
+def test_perfect_scores_predict_nothing() -> None:
+    known = RungScores({}, {4: [0.0, 0.0], NUM_STEPS: [0.1, 0.2]})
+    assert known.predict_end(4, NUM_STEPS, 0.3) == 0.3
+
+
+def test_a_race_predicts_whom_it_stops() -> None:
+    """And the better of two that stop at one rung stays the better."""
+    engine = make_engine()
+    equal, halved = know_ends(at_rung=1e-3, end=1e-3), know_ends(at_rung=1e-3, end=5e-4)
+    for known in (equal, halved):
+        for ends in known.finished.values():
+            ends *= 10  # more than this race adds
+    raw, half = (race(engine, FORMULAS, rung_scores=known) for known in (equal, halved))
+    stopped = half.steps < NUM_STEPS
+    assert stopped.sum() > 2
+    np.testing.assert_array_equal(raw.steps, half.steps)
+    np.testing.assert_array_equal(raw.fitness[~stopped], half.fitness[~stopped])
+    np.testing.assert_allclose(half.fitness[stopped], 0.5 * raw.fitness[stopped], rtol=1e-12)
+
+
+def test_a_search_has_no_stopped_loss_among_its_best() -> None:
     search = make_search(HALVING)
     result = search.run()
     records = search.archive.records.values()
-    ranks = {s: [r.rank for r in records if r.status == s] for s in ("evaluated", "stopped")}
-    assert max(ranks["evaluated"]) < min(ranks["stopped"])
-    assert max(ranks["stopped"]) < min(r.rank for r in records if r.fitness == WORST)
+    found = {s: [r.fitness for r in records if r.status == s] for s in ("evaluated", "stopped")}
+    assert min(found["evaluated"]) < min(found["stopped"])
+    assert max(found["stopped"]) < WORST
     assert result.front
     assert all(record.spared == 0 for record in result.front)
-    assert result.history[-1]["best_fitness"] == min(ranks["evaluated"])[1]
+    assert result.history[-1]["best_fitness"] == min(found["evaluated"])
 
 
 def test_a_search_counts_what_racing_spares() -> None:
@@ -240,7 +280,7 @@ def test_a_gradient_twin_of_a_stopped_loss_is_no_better() -> None:
     search.evaluation._evaluate_fresh({"first": first, "twin": twin})
     records = search.archive.records
     assert [records[key].status for key in ("first", "twin")] == ["stopped", "gradient_hits"]
-    assert records["twin"].rank == records["first"].rank
+    assert records["twin"].fitness == records["first"].fitness
     assert search.archive.pareto_front() == []
 
 

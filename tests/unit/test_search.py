@@ -58,7 +58,7 @@ def test_trees_mean_what_deap_means(seed: int) -> None:
         population = variation.initial_population(4)
         for _ in range(3):
             for individual in population:
-                individual.fitness.values = (0, random.random())
+                individual.fitness.values = (random.random(),)
             population = variation.next_generation(population)
     y, f = (np.random.default_rng(seed + i).uniform(-2, 2, 5) for i in range(2))
     for individual in population:
@@ -132,7 +132,7 @@ def test_rates_are_the_shares_of_the_offspring(monkeypatch: pytest.MonkeyPatch) 
         population = variation.initial_population(40)
         for _ in range(50):
             for individual in population:
-                individual.fitness.values = (0, random.random())
+                individual.fitness.values = (random.random(),)
             population = variation.next_generation(population)
             drawn["offspring"] += 38
     assert len(population) == 40
@@ -151,7 +151,7 @@ def test_parsimony_prefers_the_smaller_of_two_winners(parsimony_size: float, sha
         make_individual(variation, text) for text in ("sub(y, f(x))", "square(sub(y, f(x)))")
     )
     for individual in (small, large):
-        individual.fitness.values = (0, 1.0)
+        individual.fitness.values = (1.0,)
     with global_random(random.Random(0)):
         chosen = [len(variation._select([small, large])) for _ in range(4000)]
     assert chosen.count(len(small)) / len(chosen) == pytest.approx(share, abs=0.025)
@@ -161,7 +161,7 @@ def test_selection_looks_at_fitness_before_size() -> None:
     variation = Variation(replace(VARIATION, parsimony_size=2.0))
     small = make_individual(variation, "sub(y, f(x))")
     large = make_individual(variation, "square(sub(y, f(x)))")
-    small.fitness.values, large.fitness.values = (0, 2.0), (0, 1.0)
+    small.fitness.values, large.fitness.values = (2.0,), (1.0,)
     with global_random(random.Random(0)):
         chosen = [len(variation._select([small, large])) for _ in range(1000)]
     # the small one must fill two tournaments of 4, each with probability 1/16, or one and be preferred
@@ -173,7 +173,7 @@ def test_the_elite_survives_unchanged() -> None:
     with global_random(random.Random(1)):
         population = variation.initial_population(20)
         for i, individual in enumerate(population):
-            individual.fitness.values = (0, float(i + 1))
+            individual.fitness.values = (float(i + 1),)
         children = variation.next_generation(population)
     assert len(children) == 20
     assert list(children[0]) == list(population[0])

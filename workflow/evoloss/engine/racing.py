@@ -7,12 +7,16 @@ MLSys 2020). Common random numbers make those scores comparable: same initial pa
 
 Ours: a candidate also goes on if it is no worse at the rung than some of the best `PROTECTED` of those trained to the
 end were there: where good losses start slowly, as on a plateau, early scores tell little and should stop few. The first
-race of a search, which knows no ends yet, stops nobody.
+race of a search, which knows no ends yet, stops nobody. And a stopped candidate gets the fitness that its score lets
+expect, from how those trained to the end went on from there: selection then works as it does without racing, while
+the raw score, or a place behind all others, changes which losses have offspring, and the search finds worse ones
+(benchmarks/README.md).
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -55,6 +59,16 @@ class RungScores:
         slowest = max(at for at, end in zip(self.finished[rung], ends, strict=True) if end <= best)
         return max(slowest, sorted(scores)[math.ceil(len(scores) / reduction) - 1])
 
+    def predict_end(self, rung: int, num_steps: int, score: float) -> float:
+        """Return what a score at a rung lets expect at the end: as those trained to it changed, by their median ratio.
+
+        It is worse than the best of them, so that no search keeps a stopped candidate in that one's place.
+        """
+        ends = self.finished[num_steps]
+        ratios = [end / at for at, end in zip(self.finished[rung], ends, strict=True) if at > 0]
+        expected = score * statistics.median(ratios) if ratios else score
+        return max(math.nextafter(min(ends), math.inf), expected)
+
 
 @dataclass(frozen=True)
 class RacingSettings:
@@ -63,7 +77,7 @@ class RacingSettings:
     """
 
     reduction: int = 1
-    first_rung: float = 0.25
+    first_rung: float = 0.5
 
     def list_rungs(self, num_steps: int) -> list[int]:
         """Return the step numbers at which candidates are scored; the last one is ``num_steps``."""
@@ -77,9 +91,10 @@ class RacingSettings:
 
 @dataclass(frozen=True)
 class RaceResult:
-    """Per candidate (P,): the validation metric after ``steps`` training steps, NaN where training diverged.
+    """Per candidate (P,): the validation metric after the full training, NaN where training diverged.
 
-    A candidate with fewer steps than the full training was stopped, or found to have diverged, at that rung.
+    A candidate with fewer ``steps`` than the full training was stopped at that rung, and its metric is predicted
+    (`RungScores.predict_end`), or it was found to have diverged there.
     """
 
     fitness: NDArray[np.float64]
@@ -151,4 +166,8 @@ def run_race(
     if settings.reduction > 1 and finished.any():
         for rung, scores in curves.items():
             rung_scores.finished.setdefault(rung, []).extend(scores[finished].tolist())
+    for p in np.flatnonzero(np.isfinite(result.fitness) & (result.steps < num_steps)):
+        result.fitness[p] = rung_scores.predict_end(
+            int(result.steps[p]), num_steps, float(result.fitness[p])
+        )
     return result

@@ -16,7 +16,7 @@ class Record:
 
     ``status`` is how it came: evaluated, stopped (by racing), rejected, zero_gradient, gradient_hits (an equal loss's
     fitness), diverged. ``expression`` is the loss with its tuned weights as constants, ``complexity`` the node count of
-    its GP ``tree``. ``spared`` are the training steps that racing spared it, 0 if its fitness is that of a whole one.
+    its GP ``tree``. ``spared`` are the training steps that racing spared it; its fitness is then predicted.
     """
 
     tree: Expression
@@ -26,14 +26,6 @@ class Record:
     fitness: float
     generation: int
     spared: int = 0
-
-    @property
-    def rank(self) -> tuple[float, float]:
-        """What selection compares, lower is better: of two losses the one that was trained further, then fitness.
-
-        So a stopped loss, whose fitness is that of a shorter training, is never better than one trained to the end.
-        """
-        return (self.spared if self.fitness < WORST else WORST, self.fitness)
 
 
 @dataclass
@@ -50,11 +42,11 @@ class Archive:
     def pareto_front(self) -> list[Record]:
         """Return the accepted records that no other one beats in both fitness and complexity, best fitness first.
 
-        Stopped losses are left out: their fitness is that of a shorter training.
+        Stopped losses are left out: their fitness is predicted.
         Ties in both are broken by generation and text, so the front does not depend on the order of insertion.
         """
         accepted = sorted(
-            (r for r in self.records.values() if r.rank < (0, WORST)),
+            (r for r in self.records.values() if r.fitness < WORST and not r.spared),
             key=lambda r: (r.fitness, r.complexity, r.generation, str(r.tree)),
         )
         front: list[Record] = []

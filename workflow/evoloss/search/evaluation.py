@@ -90,7 +90,7 @@ class Evaluation:
                 fresh[key] = tree
         self._evaluate_fresh(fresh)
         for individual, key in zip(population, keys, strict=True):
-            individual.fitness.values = self.archive.records[key].rank
+            individual.fitness.values = (self.archive.records[key].fitness,)
 
     def _remember(
         self,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evoloss.results import SEARCH_COUNTS
-from evoloss.search.archive import Archive
+from evoloss.search.archive import WORST, Archive
 from evoloss.search.individuals import Individual
 
 PHASES = ("local_search", "rejection", "fitness")
@@ -22,11 +22,11 @@ def describe_generation(
 ) -> dict[str, Any]:
     """Return a generation's row. ``best_*`` is the best loss found so far, from the archive.
 
-    ``median_fitness`` is that of the individuals whose fitness is from a whole training. ``counts`` has numbers for
-    `SEARCH_COUNTS`, ``seconds`` for `PHASES` and the total.
+    ``median_fitness`` is that of the individuals that are not rejected, predicted for those that racing stopped.
+    ``counts`` has numbers for `SEARCH_COUNTS`, ``seconds`` for `PHASES` and the total.
     """
-    ranks = [individual.fitness.values for individual in population]
-    finite = [fitness for spared, fitness in ranks if spared == 0]
+    fitnesses = [individual.fitness.values[0] for individual in population]
+    finite = [fitness for fitness in fitnesses if fitness < WORST]
     front = archive.pareto_front()
     best = front[0] if front else None
     return {

@@ -20,9 +20,9 @@ ARITHMETIC = ("add", "sub", "mul", "aq")
 
 
 class Fitness(base.Fitness):  # type: ignore[misc]
-    """Training steps that racing spared it, then the validation metric; both minimised, compared in this order."""
+    """The validation metric, minimised."""
 
-    weights = (-1.0, -1.0)
+    weights = (-1.0,)
 
 
 class Individual(gp.PrimitiveTree):  # type: ignore[misc]
