@@ -50,7 +50,7 @@ LOSSES = {
 MISSING = [
     {"stage": "search_loss", "task": "diabetes", "method": "evomal", "search_seed": "1"}
     | {"status": "failed", "logs": ["results/logs/a.log"], "files": ["results/a"]},
-    {"stage": "train_model", "task": "diabetes", "method": "evomal", "train_seeds": "0-1"}
+    {"stage": "train_model", "task": "diabetes", "method": "evomal", "train_seed_group": "0-1"}
     | {"status": "not run", "logs": ["results/logs/a.log"], "files": ["results/b"]},
 ]
 """Two jobs without a result, as the workflow lists them."""

@@ -115,7 +115,7 @@ def test_paired_t_test_says_what_it_cannot_do(
 
 def test_identify_reads_task_model_method_and_seed() -> None:
     run = identify("results/train_model/t/m/evomal/seeds_3-5.parquet")
-    assert run == {"task": "t", "model": "m", "method": "evomal", "seed": 3}
+    assert run == {"task": "t", "model": "m", "method": "evomal", "seed": None}
     loss = identify("/x/results/finetune_loss/t/gp_lfl/seed_12/loss.json")
     assert loss == {"task": "t", "model": None, "method": "gp_lfl", "seed": 12}
     with pytest.raises(DataError, match=r"loss\.json names no seed"):
@@ -211,10 +211,10 @@ def test_a_failed_search_is_missing_from_every_seed_of_a_file(tmp_path: Path) ->
 
 
 def test_a_broken_file_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "train_model/t/m/baseline/seed_0.parquet"
+    path = tmp_path / "train_model/t/m/baseline/seeds_0.parquet"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"not parquet")
-    with pytest.raises(DataError, match=r"cannot read .*seed_0\.parquet"):
+    with pytest.raises(DataError, match=r"cannot read .*seeds_0\.parquet"):
         load_runs([path])
 
 

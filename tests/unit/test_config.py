@@ -69,6 +69,8 @@ def set_value(config: dict[str, Any], path: str, value: Any) -> None:
         ("device", "gpu", "device has unknown value 'gpu' (did you mean 'cpu'?)"),
         ("train_seeds", [0, 1, 0], "train_seeds lists 0 twice"),
         ("train_seeds_per_job", 0, "train_seeds_per_job"),
+        ("train_seeds_per_job", 5.0, "train_seeds_per_job must be"),
+        ("train_seeds", [0, 1.0], "train_seeds[1] must be"),
         ("search_seeds", [], "search_seeds must be a list"),
         ("methods", ["evomall"], "unknown method in methods: 'evomall' (did you mean 'evomal'?)"),
         ("tasks/diabetes/dataset", "iris", "tasks.diabetes: unknown dataset 'iris'; accepted:"),
@@ -215,8 +217,10 @@ def test_names_agree_with_the_registries() -> None:
 
 
 @given(
-    seeds=st.lists(st.integers(0, 10**6), min_size=1, max_size=30, unique=True),
-    size=st.integers(1, 12),
+    seeds=st.lists(
+        st.integers(0, 60) | st.integers(0, 2**31 - 1), min_size=1, max_size=30, unique=True
+    ),
+    size=st.integers(1, 16),
 )
 def test_every_training_seed_is_in_one_group(seeds: list[int], size: int) -> None:
     groups = settings.group_seeds(seeds, size)
@@ -224,4 +228,5 @@ def test_every_training_seed_is_in_one_group(seeds: list[int], size: int) -> Non
     assert max(map(len, groups.values())) <= size
     assert len(groups) == math.ceil(len(seeds) / size)
     for name, group in groups.items():
-        assert name.split("-") == [str(seed) for seed in sorted({group[0], group[-1]})]
+        ranges = [(part.split("-")[0], part.split("-")[-1]) for part in name.split("_")]
+        assert [n for a, b in ranges for n in range(int(a), int(b) + 1)] == group

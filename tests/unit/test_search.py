@@ -22,6 +22,7 @@ from evoloss.engine.filters import RejectionSettings
 from evoloss.expressions import compile_weighted_tree, evaluate_program, parse_expression
 from evoloss.search.archive import WORST, Archive, Record
 from evoloss.search.gp_search import GPSearch
+from evoloss.search.history import describe_generation
 from evoloss.search.individuals import Individual, Variation, VariationSettings, to_expression
 from evoloss.search.settings import SearchSettings
 from evoloss.seeding import derive_seed, global_random
@@ -270,3 +271,19 @@ def test_pareto_front() -> None:
     front = [(r.fitness, r.complexity) for r in archive.pareto_front()]
     assert front == [(0.1, 20), (0.2, 7), (0.3, 3)]
     assert all(operator.lt(a[0], b[0]) for a, b in itertools.pairwise(front))
+
+
+def test_a_generation_is_described_by_those_that_have_a_fitness() -> None:
+    """Whatever gave it to them; what was rejected or diverged is left out, and the best is from the archive."""
+    with global_random(random.Random(0)):
+        population = Variation(VARIATION).initial_population(4)
+    for individual, fitness in zip(population, (0.9, WORST, 0.2, 0.5), strict=True):
+        individual.fitness.values = (fitness,)
+    tree = parse_expression("abs(sub(y, f(x)))")
+    trained = Record(tree, tree, tree.complexity, "evaluated", 0.3, 0)
+    archive = Archive(
+        {"a": trained, "b": replace(trained, status="stopped", fitness=0.2, spared=8)}
+    )
+    row = describe_generation(3, population, archive, {"stopped": 1}, {"total": 2.0})
+    assert (row["generation"], row["candidates"], row["stopped"]) == (3, 4, 1)
+    assert (row["median_fitness"], row["best_fitness"]) == (0.5, 0.3)

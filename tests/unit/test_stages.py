@@ -188,3 +188,12 @@ def test_a_stopped_training_of_several_seeds_goes_on_exactly(
         else:
             break
     assert seeds == {0, 1}
+
+
+def test_a_checkpoint_of_other_seeds_is_not_used(stage: StageInput, tmp_path: Path) -> None:
+    train = {"steps": 60, "num_evaluations": 3}
+    eager = replace(stage, checkpoint_directory=str(tmp_path / "same"), checkpoint_seconds=0.0)
+    train_model(eager, "baseline", [], [], train, [0, 1, 4])
+    assert list((tmp_path / "same").iterdir())
+    expected = train_model(stage, "baseline", [], [], train, [0, 4])
+    assert train_model(eager, "baseline", [], [], train, [0, 4])[0] == expected[0]

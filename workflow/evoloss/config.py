@@ -83,14 +83,25 @@ def merge_section(config: Config, task: str, section: str) -> dict[str, Any]:
 
 
 def group_seeds(seeds: Sequence[int], size: int) -> dict[str, list[int]]:
-    """Return the seeds in ascending order, ``size`` of them in a group; a group's name is its first and last seed.
+    """Return the seeds in ascending order, ``size`` of them in a group; a group's name says which they are.
 
-    >>> group_seeds([4, 0, 1, 2, 3], 2)
-    {'0-1': [0, 1], '2-3': [2, 3], '4': [4]}
+    >>> group_seeds([0, 1, 2, 4, 9, 5], 4)
+    {'0-2_4': [0, 1, 2, 4], '5_9': [5, 9]}
     """
     ordered = sorted(seeds)
     groups = [ordered[i : i + size] for i in range(0, len(ordered), size)]
-    return {"-".join(map(str, sorted({group[0], group[-1]}))): group for group in groups}
+    return {_name_seeds(group): group for group in groups}
+
+
+def _name_seeds(seeds: Sequence[int]) -> str:
+    """Return ascending seeds as text, those in a row as a range."""
+    ranges: list[list[int]] = []
+    for seed in seeds:
+        if ranges and seed == ranges[-1][-1] + 1:
+            ranges[-1].append(seed)
+        else:
+            ranges.append([seed])
+    return "_".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in ranges)
 
 
 def sort_keys(value: Any) -> Any:
@@ -118,11 +129,20 @@ def uses_tuned_rate(config: Config, task: str) -> bool:
 
 
 def _check_shape(config: Config, schema: Mapping[str, Any]) -> None:
-    validator = jsonschema.Draft202012Validator(schema)
+    # JSON Schema calls 5.0 an integer, which no count of ours is
+    strict = jsonschema.validators.extend(  # type: ignore[no-untyped-call]
+        jsonschema.Draft202012Validator,
+        type_checker=jsonschema.Draft202012Validator.TYPE_CHECKER.redefine("integer", _is_integer),
+    )
+    validator = strict(schema)
     errors = sorted(validator.iter_errors(config), key=rank_error)
     if errors:
         raise ConfigError(describe_error(errors[0]))
     _check_finite(config, "")
+
+
+def _is_integer(checker: object, value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _check_finite(value: object, path: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from evoloss.errors import EvolossError
 
-_PREFIX_WILDCARDS = ("dataset", "task", "model", "method", "search_seed", "train_seeds")
+_PREFIX_WILDCARDS = ("dataset", "task", "model", "method", "search_seed", "train_seed_group")
 
 
 @contextmanager
@@ -84,7 +84,7 @@ def _make_record(exception: Any) -> logging.LogRecord:
 
 
 def _describe_job(snakemake: Any) -> str:
-    """Return ``diabetes/mlp/evomal/0`` from the wildcards, or the rule's name without any."""
+    """Return ``diabetes/mlp/evomal/0-4`` from the wildcards, or the rule's name without any."""
     wildcards = dict(snakemake.wildcards.items())
     parts = [str(wildcards[name]) for name in _PREFIX_WILDCARDS if name in wildcards]
     return "/".join(parts) or str(snakemake.rule)

@@ -42,7 +42,7 @@ TASKS = list(config["tasks"])
 DATASETS = sorted({task["dataset"] for task in config["tasks"].values()})
 LEARNED_METHODS = [m for m in config["methods"] if m in settings.LEARNED_METHODS]
 SEARCH_SEEDS = sorted(config["search_seeds"])
-TRAIN_SEEDS = settings.group_seeds(config["train_seeds"], config["train_seeds_per_job"])
+TRAIN_SEED_GROUPS = settings.group_seeds(config["train_seeds"], config["train_seeds_per_job"])
 GPU = int(config["device"] == "cuda")  # "auto" must not make a cluster wait for a GPU
 ENVIRONMENT = "../../envs/environment-cuda.yaml" if GPU else "../../envs/environment.yaml"
 IMAGE = WORKFLOW.parent / "envs" / "evoloss.sif"
@@ -75,7 +75,7 @@ wildcard_constraints:
     model="[A-Za-z][A-Za-z0-9_]*",
     method="[a-z_0-9]+",
     search_seed=r"\d+",
-    train_seeds=r"\d+(-\d+)?",
+    train_seed_group="|".join(TRAIN_SEED_GROUPS),
 
 
 def grow(amount):

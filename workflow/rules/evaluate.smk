@@ -8,11 +8,11 @@ rule train_model:
         losses=get_trained_losses,
         tuned=get_tuned_rate,
     output:
-        run="results/train_model/{task}/{model}/{method}/seeds_{train_seeds}.parquet",
+        run="results/train_model/{task}/{model}/{method}/seeds_{train_seed_group}.parquet",
     log:
-        "results/logs/train_model/{task}/{model}/{method}/seeds_{train_seeds}.log",
+        "results/logs/train_model/{task}/{model}/{method}/seeds_{train_seed_group}.log",
     benchmark:
-        "results/benchmarks/train_model/{task}/{model}/{method}/seeds_{train_seeds}.tsv"
+        "results/benchmarks/train_model/{task}/{model}/{method}/seeds_{train_seed_group}.tsv"
     conda:
         ENVIRONMENT
     threads: 1
@@ -21,13 +21,13 @@ rule train_model:
         runtime=grow(480),
         gpu=GPU,
     params:
-        checkpoints="results/checkpoints/train_model/{task}/{model}/{method}/seeds_{train_seeds}",
+        checkpoints="results/checkpoints/train_model/{task}/{model}/{method}/seeds_{train_seed_group}",
         device=config["device"],
         method=lambda wildcards: wildcards.method,
         search_seeds=get_search_seeds,
         task=get_task,
         train=section("train"),
-        train_seeds=lambda wildcards: TRAIN_SEEDS[wildcards.train_seeds],
+        train_seeds=lambda wildcards: TRAIN_SEED_GROUPS[wildcards.train_seed_group],
         training=section("training"),
         version=VERSION,
     script:

@@ -20,9 +20,9 @@ rule aggregate_results:
         losses=leave_out_missing(get_losses()),
         runs=leave_out_missing(
             expand_models(
-                "results/train_model/{task}/{model}/{method}/seeds_{train_seeds}.parquet",
+                "results/train_model/{task}/{model}/{method}/seeds_{train_seed_group}.parquet",
                 method=config["methods"],
-                train_seeds=TRAIN_SEEDS,
+                train_seed_group=TRAIN_SEED_GROUPS,
             )
         ),
         searches=leave_out_missing(

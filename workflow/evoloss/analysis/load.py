@@ -85,11 +85,11 @@ DATASET_COLUMNS = [
 TUNED_COLUMNS = ["task", "model", "best_learning_rate", "at_edge", "validation_metric", "metric"]
 
 Paths = Iterable[str | Path]
-_SEED = re.compile(r"seeds?_(\d+)(-\d+)?(\.\w+)?$")
+_SEED = re.compile(r"seeds?_([\d_-]+)(\.\w+)?$")
 
 
 def identify(path: str | Path) -> dict[str, Any]:
-    """Read ``task``, ``model`` (train_model only), ``method`` and ``seed`` (the first one) off a file's path.
+    """Read ``task``, ``model`` (train_model only), ``method`` and ``seed`` (searches only) off a file's path.
 
     Raises
     ------
@@ -107,7 +107,7 @@ def identify(path: str | Path) -> dict[str, Any]:
             "task": parts[task],
             "model": parts[i - 2] if with_model else None,
             "method": parts[i - 1],
-            "seed": int(match.group(1)),
+            "seed": None if with_model else int(match.group(1)),
         }
     raise DataError(f"the path {path} names no seed; expected .../<task>/<method>/seed_<number>...")
 
@@ -158,7 +158,7 @@ def load_runs(paths: Paths) -> pd.DataFrame:
     Raises
     ------
     DataError
-        A file cannot be read.
+        A file cannot be read or is not of ``train_model``.
     """
     frames: list[pd.DataFrame] = []
     for path in sorted(map(str, paths)):
@@ -173,6 +173,8 @@ def load_runs(paths: Paths) -> pd.DataFrame:
         frames.append(frame.assign(**shared, status="ok", reason=None))
         known = identify(path)
         run = {key: metadata.get(key, known[key]) for key in ("task", "model", "method")}
+        if "train_seeds" not in metadata:
+            raise DataError(f"{path} names no train_seeds; only train_model writes such files")
         missing = [
             {**run, **shared, "train_seed": seed, **entry, "status": "failed"}
             for seed in metadata["train_seeds"]

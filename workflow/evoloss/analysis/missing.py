@@ -18,7 +18,7 @@ _TABLE = (
     Column("model", "model"),
     Column("method", "method"),
     Column("search_seed", "search seed", "integer"),
-    Column("train_seeds", "train seeds"),
+    Column("train_seed_group", "its train seeds"),
     Column("logs", "what the failed jobs said"),
 )
 MISSING_COLUMNS = [column.name for column in _TABLE]

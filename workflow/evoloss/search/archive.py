@@ -16,7 +16,7 @@ class Record:
 
     ``status`` is how it came: evaluated, stopped (by racing), rejected, zero_gradient, gradient_hits (an equal loss's
     fitness), diverged. ``expression`` is the loss with its tuned weights as constants, ``complexity`` the node count of
-    its GP ``tree``. ``spared`` are the training steps that racing spared it; its fitness is then predicted.
+    its GP ``tree``. ``spared`` are the training steps that racing spared it; unless 0, its fitness is predicted.
     """
 
     tree: Expression

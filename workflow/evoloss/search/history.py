@@ -22,7 +22,7 @@ def describe_generation(
 ) -> dict[str, Any]:
     """Return a generation's row. ``best_*`` is the best loss found so far, from the archive.
 
-    ``median_fitness`` is that of the individuals that are not rejected, predicted for those that racing stopped.
+    ``median_fitness`` is that of the individuals that have one, predicted where racing stopped the training.
     ``counts`` has numbers for `SEARCH_COUNTS`, ``seconds`` for `PHASES` and the total.
     """
     fitnesses = [individual.fitness.values[0] for individual in population]
