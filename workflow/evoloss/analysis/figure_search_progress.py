@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,6 +25,9 @@ from evoloss.analysis.style import (
     note_in_panel,
     panel_grid,
 )
+
+MOST_MARKERS = 8
+"""On a line."""
 
 
 def draw_search_progress(searches: pd.DataFrame) -> Figure:
@@ -69,8 +73,17 @@ def draw_search_progress(searches: pd.DataFrame) -> Figure:
     return figure
 
 
+def _space_markers(points: int, number: int) -> tuple[int, int]:
+    """Return the first point of line ``number`` that has a marker, and how many points further the next one is.
+
+    They are few enough to tell them apart, and not where the line before has its own: of lines that coincide both show.
+    """
+    every = math.ceil(points / MOST_MARKERS)
+    return number * every // 2, max(1, every)
+
+
 def _draw_complexity(axes: Axes, group: pd.DataFrame) -> None:
-    for method in order_methods(list(group["method"])):
+    for number, method in enumerate(order_methods(list(group["method"]))):
         style = method_style(method)
         mine = group[(group["method"] == method) & group["generation"].notna()]
         sizes = mine.pivot_table(
@@ -83,6 +96,7 @@ def _draw_complexity(axes: Axes, group: pd.DataFrame) -> None:
             color=style.colour,
             linestyle="dashed",
             marker=style.marker,
+            markevery=_space_markers(len(sizes), number),
             markersize=3.5,
             linewidth=1.2,
         )
@@ -96,7 +110,7 @@ def _draw_fitness(axes: Axes, group: pd.DataFrame) -> None:
     metric = group["metric"].dropna().iloc[0] if group["metric"].notna().any() else None
     scale = axis_scale(metric)
     shown = []
-    for method in order_methods(list(group["method"])):
+    for number, method in enumerate(order_methods(list(group["method"]))):
         style = method_style(method)
         mine = group[(group["method"] == method) & group["generation"].notna()]
         tables = {}
@@ -109,10 +123,11 @@ def _draw_fitness(axes: Axes, group: pd.DataFrame) -> None:
             axes.plot(best.index, best, color=style.colour, linewidth=0.7, alpha=0.7)
         for name, table in tables.items():
             mean = table.mean(axis=1)
-            line = {"linestyle": "dashed", "linewidth": 1.2}
+            line: dict[str, Any] = {"linestyle": "dashed", "linewidth": 1.2}
             if name == "best_fitness":
                 line = {"marker": style.marker, "markersize": 4.5, "linewidth": 2.0}
-            axes.plot(mean.index, mean, color=style.colour, **line)  # type: ignore[arg-type]
+                line["markevery"] = _space_markers(len(mean), number)
+            axes.plot(mean.index, mean, color=style.colour, **line)
             shown.append(mean.to_numpy(dtype=float))
     log_axis_if_wide(axes, np.concatenate(shown) if shown else [])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
