@@ -19,9 +19,12 @@ from evoloss.engine import Engine, LocalSearchSettings, TrainingSettings
 from evoloss.errors import ModelError
 from evoloss.expressions import compile_weighted_tree, parse_expression
 
-ROWS, SIZE = 500, 500
-"""One float64 array over population, batch and classes takes 20 MB; one network's share is 40 kB."""
-HEADROOM = {"little": 30 * 2**20, "none": 10 * 2**10}
+ROWS = 500
+OUTPUTS = {"ample": 10, "little": 10, "none": 2_000}
+SIZE = {"ample": 500, "little": 500, "none": 4}
+"""One float64 array over batch and outputs takes 40 kB for each loss, times 500 losses 20 MB. Where not even one
+loss shall fit it takes 8 MB: far more than the headroom and the freed memory that the process may take again."""
+HEADROOM = {"little": 30 * 2**20, "none": 2**20}
 FORMULAS = ("tanh(square(sub(y, f(x))))", "square(sub(y, f(x)))", "abs(sub(y, f(x)))")
 SEARCH = LocalSearchSettings(2, 1, 0.01)
 
@@ -49,11 +52,11 @@ def work(mode: str) -> dict[str, Any]:
     lines = Lines()
     logging.getLogger("evoloss").addHandler(lines)
     # of linear classifiers the local search takes one loss after the other, whatever memory there is
-    task = make_toy_task("regression", rows=ROWS, num_outputs=10)
+    task = make_toy_task("regression", rows=ROWS, num_outputs=OUTPUTS[mode])
     engine = Engine(
         task, "linear", TrainingSettings(ROWS, 0.05, precision="float64"), torch.device("cpu")
     )
-    programs = [compile_weighted_tree(parse_expression(FORMULAS[i % 3])) for i in range(SIZE)]
+    programs = [compile_weighted_tree(parse_expression(FORMULAS[i % 3])) for i in range(SIZE[mode])]
     # libraries take their buffers, and compiled kernels are loaded
     engine.compute_fitness(programs[:2], 2, 0)
     engine.local_search(programs[:2], SEARCH, 1)
