@@ -74,8 +74,12 @@ def set_value(config: dict[str, Any], path: str, value: Any) -> None:
         ("search_seeds", [], "search_seeds must be a list"),
         ("methods", ["evomall"], "unknown method in methods: 'evomall' (did you mean 'evomal'?)"),
         ("tasks/diabetes/dataset", "iris", "tasks.diabetes: unknown dataset 'iris'; accepted:"),
-        ("tasks/diabetes/models", ["resnet"], "unknown model 'resnet'"),
-        ("tasks/diabetes/models", ["gru"], "model 'gru' does not suit dataset 'diabetes' (table)"),
+        ("tasks/diabetes/models", ["resnet"], "unknown model 'resnet'; accepted: linear, mlp (for"),
+        (
+            "tasks/diabetes/models",
+            ["gru"],
+            "unsuited model 'gru'; accepted: linear, mlp (for dataset 'diabetes', table)",
+        ),
         ("tasks/diabetes/models", ["mlp", "mlp"], "tasks.diabetes.models lists 'mlp' twice"),
         ("tasks/diabetes/label_noise", {"kind": "symmetric", "rate": 0.5}, "needs a classific"),
         ("tasks/mnist5k/label_noise", {"kind": "symmetric", "rate": 1}, "less than 1"),
@@ -112,6 +116,12 @@ def test_every_key_is_required(config: dict[str, Any]) -> None:
         incomplete = {key: value for key, value in config.items() if key != section}
         with pytest.raises(ConfigError, match=f"key '{section}' is missing"):
             settings.validate_config(incomplete, SCHEMA)
+    del config["device"], config["search"]["population_size"]
+    with pytest.raises(ConfigError, match="'device' is missing; it must be one of auto, cpu, cuda"):
+        settings.validate_config(config, SCHEMA)
+    config["device"] = "cpu"
+    with pytest.raises(ConfigError, match="population_size' is missing; it must be an int"):
+        settings.validate_config(config, SCHEMA)
 
 
 def test_own_csv_dataset(config: dict[str, Any], tmp_path: Path) -> None:
@@ -123,6 +133,7 @@ def test_own_csv_dataset(config: dict[str, Any], tmp_path: Path) -> None:
     for text, message in (
         ("", "path: .* cannot be read as CSV: No columns"),
         ("price,T\n1,2\n", "target: .*no column 't'"),
+        ("price;t\n1;2\n", "target: .*no column 't'.*: price;t .*separated by commas"),
     ):
         (tmp_path / "my.csv").write_text(text)
         with pytest.raises(ConfigError, match=rf"datasets\.csv\.my_data\.{message}"):

@@ -213,8 +213,12 @@ def test_csv_category_unseen_in_training_is_all_zeros(tmp_path: Path) -> None:
         ("", {}, DataError, ["cannot be read"]),
         ("a,species\n", {}, DataError, ["no rows"]),
         ("a,specie\n1,x\n2,y\n", {}, DataError, ["'species'", "did you mean 'specie'"]),
-        ("a,species\n1,x\n,x\n3,\n", {}, DataError, ["'a' (1 rows)", "'species' (1 rows)"]),
-        ("a,species\n1,x\ninf,x\n3,x\n", {}, DataError, ["'a' (1 rows)"]),
+        ("a,species\n1,x\n,x\n3,\n", {}, DataError, ["'a' (1 row)", "'species' (1 row)"]),
+        ("a,species\n1,x\ninf,x\n3,x\n", {}, DataError, ["'a' (1 row)"]),
+        ("a,species\n" + "1,x\n2,y\n" * 9 + "N/A,x\n", {}, DataError, ["'a' has", "row 19", "'N/A'"]),
+        ("a,species\n" + "".join(f"{i / 8},x\n{i},y\n?,x\n" for i in range(15)), {}, DataError, ["row 3", "14 more"]),
+        ("a,species\n" + "".join(f"1,{i / 8}\n" for i in range(40)), {}, DataError, ["40", "kind: regression"]),
+        ("a,species\n" + "".join(f"u{i},x\nu{i},y\n" for i in range(40)) + "v,x\n", {}, DataError, ["41 distinct"]),
         ("species\nx\ny\n", {}, DataError, ["no column besides"]),
         ("a,species\n1,x\n2,x\n", {}, DataError, ["one class"]),
         ("a,species\n" + "1,x\n" * 5 + "2,rare\n", {}, DataError, ["'rare'", "1 sample;", "mine"]),
@@ -252,6 +256,16 @@ def test_csv_that_is_no_text_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe\x00\x81,\x00")
     with pytest.raises(DataError, match=r"mine\.csv"):
         prepare_dataset("csv", data_seed=0, split=SPLIT, options={"path": path, **CSV_OPTIONS})
+
+
+def test_csv_categories_may_have_any_name(tmp_path: Path) -> None:
+    """pandas would take None and NA for missing values."""
+    path = tmp_path / "mine.csv"
+    path.write_text("a,species\n" + "None,NA\n3+,1\n2,NA\n1,1\n" * 10)
+    options = {"path": path, **CSV_OPTIONS}
+    _, card = prepare_dataset("csv", data_seed=0, split=SPLIT, options=options)
+    assert card["class_names"] == ["1", "NA"]
+    assert card["input_shape"] == [4]
 
 
 def test_csv_identifier_column_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from toy_tasks import make_toy_task
 import oracle
 from evoloss.engine import PopulationLoss, TaskLoss, TrainingSettings
 from evoloss.engine.general import GeneralPath
-from evoloss.engine.linear import LinearPath
+from evoloss.engine.linear import LinearPath, gram_pays
 from evoloss.engine.path import Path
 from evoloss.engine.streams import Batch, draw_batches
 from evoloss.expressions import Program, compile_weighted_tree, parse_expression
@@ -28,6 +28,9 @@ SETTINGS = {
     "nesterov": replace(PLAIN, learning_rate=0.01, momentum=0.9, nesterov=True, weight_decay=5e-3),
     "adam": replace(PLAIN, optimizer="adam", learning_rate=0.01, weight_decay=1e-3),
 }
+MANY = 300
+"""Rows of a batch whose Gram matrix is not formed: see `gram_pays`."""
+
 # none of them is singular where the toy tasks evaluate it
 FORMULAS = (
     "square(sub(y, f(x)))",
@@ -43,11 +46,11 @@ KINDS = {
 }
 
 
-def make_task(kind: str) -> Task:
+def make_task(kind: str, rows: int = 60) -> Task:
     name, outputs = KINDS[kind]
     if kind != "binary":
-        return make_toy_task(name, num_outputs=outputs)
-    return replace(make_toy_task(num_outputs=2), num_outputs=1)
+        return make_toy_task(name, num_outputs=outputs, rows=rows)
+    return replace(make_toy_task(num_outputs=2, rows=rows), num_outputs=1)
 
 
 def make_network(num_outputs: int, seed: int = 0) -> nn.Module:
@@ -106,7 +109,9 @@ def test_training_equals_the_general_path(
         assert torch.equal(p, value)
 
 
-@pytest.mark.parametrize(("num_inner", "num_outer"), [(4, 4), (4, 30), (30, 5)])
+@pytest.mark.parametrize(
+    ("num_inner", "num_outer"), [(4, 4), (4, 30), (30, 5), (MANY, MANY), (MANY, 7)]
+)
 @pytest.mark.parametrize(
     "settings", [SETTINGS["sgd"], SETTINGS["decay"], SETTINGS["nesterov"]], ids=["sgd", "wd", "nag"]
 )
@@ -114,12 +119,15 @@ def test_training_equals_the_general_path(
 def test_meta_gradient_equals_double_backprop(
     kind: str, settings: TrainingSettings, num_inner: int, num_outer: int
 ) -> None:
-    task = make_task(kind)
+    task = make_task(kind, rows=max(60, num_inner))
     loss = make_loss(task)
     model = make_network(task.num_outputs)
     inner, outer = take(task, task.train, num_inner), take(task, task.validation, num_outer)
-    path = LinearPath(task, model, settings)
-    values, gradient = path.meta_gradients(path.prepare(model, inner, outer), loss)
+    path = LinearPath(task, model, replace(settings, batch_size=num_inner))
+    context = path.prepare(model, inner, outer)
+    # a Gram matrix of large batches would take much memory, and time
+    assert len(context.gram) == (1 if gram_pays(num_inner, 6) else 2)
+    values, gradient = path.meta_gradients(context, loss)
     for p, program in enumerate(loss.programs):
         value, expected = oracle.compute_meta_gradient(
             task, model, program, settings, [(inner.x, inner.y)], (outer.x, outer.y)
@@ -129,13 +137,14 @@ def test_meta_gradient_equals_double_backprop(
         assert np.linalg.norm(found - expected) <= 1e-8 * np.linalg.norm(expected)
 
 
-def test_float32_meta_gradients_are_accurate() -> None:
-    task = make_task("classes")
+@pytest.mark.parametrize("size", [16, MANY])
+def test_float32_meta_gradients_are_accurate(size: int) -> None:
+    task = make_task("classes", rows=max(60, size))
     gradients: list[NDArray[np.float64]] = []
     for dtype in (torch.float32, torch.float64):
         moved, network = task.to("cpu", dtype), make_network(3).to(dtype)
-        path = LinearPath(moved, network, PLAIN)
-        batches = take(moved, moved.train, 16), take(moved, moved.validation, 16)
+        path = LinearPath(moved, network, replace(PLAIN, batch_size=size))
+        batches = take(moved, moved.train, size), take(moved, moved.validation, size)
         loss = make_loss(moved, dtype)
         gradients.append(path.meta_gradients(path.prepare(network, *batches), loss)[1])
     for single, double in zip(*(np.split(g, loss.offsets[1:-1]) for g in gradients), strict=True):

@@ -119,7 +119,9 @@ def describe_dataset(config: Config, name: str) -> tuple[str, str]:
     if name in tables:
         return str(tables[name]["kind"]), "table"
     if name not in DATASETS:
-        raise ConfigError(f"unknown dataset {describe_choices(name, [*DATASETS, *tables])}")
+        raise ConfigError(
+            f"unknown dataset {describe_choices(name, [*DATASETS, *tables])}, or the name of a CSV file in datasets.csv"
+        )
     return DATASETS[name]
 
 
@@ -137,7 +139,7 @@ def _check_shape(config: Config, schema: Mapping[str, Any]) -> None:
     validator = strict(schema)
     errors = sorted(validator.iter_errors(config), key=rank_error)
     if errors:
-        raise ConfigError(describe_error(errors[0]))
+        raise ConfigError(describe_error(errors[0], schema["$defs"]))
     _check_finite(config, "")
 
 
@@ -186,8 +188,9 @@ def _check_csv(where: str, path: Path, target: str) -> None:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{where}.path: {str(path)!r} cannot be read as CSV: {reason}") from error
     if target not in header:
+        semicolon = " (columns are separated by commas)" if len(header) == 1 else ""
         raise ConfigError(
-            f"{where}.target: {str(path)!r} has no column {describe_choices(target, header)}"
+            f"{where}.target: {str(path)!r} has no column {describe_choices(target, header)}{semicolon}"
         )
 
 
@@ -204,14 +207,12 @@ def _check_task(config: Config, name: str) -> None:
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     _check_unique(f"{where}.models", task["models"])
+    suited = [model for model, forms in MODELS.items() if form in forms]
     for model in task["models"]:
-        if model not in MODELS:
-            raise ConfigError(f"{where}: unknown model {describe_choices(model, MODELS)}")
-        if form not in MODELS[model]:
-            suited = ", ".join(sorted(m for m, forms in MODELS.items() if form in forms))
+        if model not in suited:
+            problem = "unsuited" if model in MODELS else "unknown"
             raise ConfigError(
-                f"{where}: model {model!r} does not suit dataset {task['dataset']!r} ({form}); "
-                f"accepted: {suited}"
+                f"{where}: {problem} model {describe_choices(model, suited)} (for dataset {task['dataset']!r}, {form})"
             )
     if "label_noise" in task and kind != "classification":
         raise ConfigError(

@@ -38,8 +38,11 @@ def rank_error(error: jsonschema.ValidationError) -> tuple[int, str]:
     return order, "/".join(map(str, error.absolute_path))
 
 
-def describe_error(error: jsonschema.ValidationError) -> str:
-    """Turn a schema's complaint into a sentence that names key, value and what is accepted."""
+def describe_error(error: jsonschema.ValidationError, definitions: Mapping[str, Any]) -> str:
+    """Turn a complaint into a sentence that names key, value and what is accepted.
+
+    ``definitions`` are the $defs of the whole schema, which may refer to them.
+    """
     path = _format_path(error.absolute_path)
     schema, value = error.schema, cast(Any, error.instance)
     if not isinstance(schema, Mapping):  # a schema of just `false`; ours has none
@@ -51,7 +54,12 @@ def describe_error(error: jsonschema.ValidationError) -> str:
         return f"unknown key{where}: {describe_choices(unknown, accepted)}"
     if error.validator == "required":
         missing = next(key for key in cast(list[str], error.validator_value) if key not in value)
-        return f"key {'.'.join(filter(None, [path, missing]))!r} is missing"
+        properties = _follow(schema, definitions).get("properties", {})
+        wanted = _follow(properties.get(missing, {}), definitions)
+        form = (
+            f"; it must be {_describe_schema(wanted)}" if wanted.keys() & {"type", "enum"} else ""
+        )
+        return f"key {'.'.join(filter(None, [path, missing]))!r} is missing{form}"
     if error.validator == "enum":
         return f"{path} has unknown value {describe_choices(value, schema['enum'])}"
     if error.validator == "pattern" or "pattern" in schema:
@@ -59,6 +67,12 @@ def describe_error(error: jsonschema.ValidationError) -> str:
         return f"name {value!r}{where} must start with a letter and hold only letters, digits and _"
     place = path or "the configuration"
     return f"{place} must be {_describe_schema(schema)}, not {_describe_value(value)}"
+
+
+def _follow(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return ``schema`` with what its ``$ref`` refers to."""
+    name = schema.get("$ref", "").rpartition("/")[2]
+    return {**definitions[name], **schema} if name else schema
 
 
 def _format_path(path: Iterable[str | int]) -> str:
@@ -70,6 +84,8 @@ def _format_path(path: Iterable[str | int]) -> str:
 
 
 def _describe_schema(schema: Mapping[str, object]) -> str:
+    if isinstance(choices := schema.get("enum"), list):
+        return "one of " + ", ".join(map(str, choices))
     text = _TYPES.get(str(schema.get("type")), "a valid value")
     limits = [phrase.format(schema[key]) for key, phrase in _BOUNDS.items() if key in schema]
     if "minItems" in schema and schema["minItems"] == schema.get("maxItems"):

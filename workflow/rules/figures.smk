@@ -12,7 +12,7 @@ rule plot_test_error:
             "results/figures/test_error.svg",
             caption="../report/test_error.rst",
             category="Results",
-            labels={"content": "Test error", "form": "figure"},
+            labels={"content": "Test error (figure)"},
         ),
     log:
         "results/logs/plot_test_error.log",
@@ -42,7 +42,7 @@ rule plot_learning_curves:
             "results/figures/learning_curves.svg",
             caption="../report/learning_curves.rst",
             category="Results",
-            labels={"content": "Learning curves", "form": "figure"},
+            labels={"content": "Learning curves (figure)"},
         ),
     log:
         "results/logs/plot_learning_curves.log",
@@ -72,7 +72,7 @@ rule plot_search_progress:
             "results/figures/search_progress.svg",
             caption="../report/search_progress.rst",
             category="Search",
-            labels={"content": "Search progress", "form": "figure"},
+            labels={"content": "Search progress (figure)"},
         ),
     log:
         "results/logs/plot_search_progress.log",
@@ -102,7 +102,7 @@ rule plot_filters:
             "results/figures/filters.svg",
             caption="../report/filters.rst",
             category="Search",
-            labels={"content": "Filters", "form": "figure"},
+            labels={"content": "Filters (figure)"},
         ),
     log:
         "results/logs/plot_filters.log",
@@ -132,7 +132,7 @@ rule plot_losses:
             "results/figures/losses.svg",
             caption="../report/losses.rst",
             category="Learned losses",
-            labels={"content": "Curves", "form": "figure"},
+            labels={"content": "Curves (figure)"},
         ),
     log:
         "results/logs/plot_losses.log",
@@ -166,7 +166,7 @@ rule plot_formulas:
             "results/figures/formulas.svg",
             caption="../report/formulas.rst",
             category="Learned losses",
-            labels={"content": "Formulas", "form": "figure"},
+            labels={"content": "Formulas (figure)"},
         ),
     log:
         "results/logs/plot_formulas.log",

@@ -44,42 +44,42 @@ rule aggregate_results:
             "results/tables/test_error.csv",
             caption="../report/table_test_error.rst",
             category="Results",
-            labels={"content": "Test error", "form": "table"},
+            labels={"content": "Test error (table)"},
         ),
         test_error_md="results/tables/test_error.md",
         comparison_csv=report(
             "results/tables/comparison.csv",
             caption="../report/table_comparison.rst",
             category="Results",
-            labels={"content": "Comparison with the baselines", "form": "table"},
+            labels={"content": "Comparison with the baselines (table)"},
         ),
         comparison_md="results/tables/comparison.md",
         losses_csv=report(
             "results/tables/losses.csv",
             caption="../report/table_losses.rst",
             category="Learned losses",
-            labels={"content": "Learned losses", "form": "table"},
+            labels={"content": "Learned losses (table)"},
         ),
         losses_md="results/tables/losses.md",
         searches_csv=report(
             "results/tables/searches.csv",
             caption="../report/table_searches.rst",
             category="Search",
-            labels={"content": "Searches", "form": "table"},
+            labels={"content": "Searches (table)"},
         ),
         searches_md="results/tables/searches.md",
         datasets_csv=report(
             "results/tables/datasets.csv",
             caption="../report/table_datasets.rst",
             category="Data",
-            labels={"content": "Datasets", "form": "table"},
+            labels={"content": "Datasets (table)"},
         ),
         datasets_md="results/tables/datasets.md",
         origin_csv=report(
             "results/tables/origin.csv",
             caption="../report/table_origin.rst",
             category="Origin",
-            labels={"content": "Versions and hardware", "form": "table"},
+            labels={"content": "Versions and hardware (table)"},
         ),
         origin_md="results/tables/origin.md",
         missing_csv=(
@@ -87,7 +87,7 @@ rule aggregate_results:
                 "results/tables/missing.csv",
                 caption="../report/table_missing.rst",
                 category="Missing",
-                labels={"content": "Jobs without a result", "form": "table"},
+                labels={"content": "Jobs without a result (table)"},
             )
             if MISSING
             else "results/tables/missing.csv"

@@ -18,10 +18,16 @@ OPTIONS = ("path", "target", "kind")
 KINDS = ("classification", "regression")
 MAX_CATEGORIES = 1000
 """A text column with more distinct values is an identifier, not a category."""
+FEW_CATEGORIES = 20
+"""So many are never taken for identifiers; a text column with more of them than half the rows is."""
+MAX_NUMERIC_CLASSES = 20
+"""A column of numbers with decimals and more distinct values is a quantity, not a label."""
 
 
 def load_csv(name: str, options: Mapping[str, Any]) -> Source:
     """Read a CSV file with a header line; every column but the target is an input.
+
+    Columns of numbers are standardised, and columns of text become one input for each of their values (one-hot).
 
     Parameters
     ----------
@@ -36,8 +42,8 @@ def load_csv(name: str, options: Mapping[str, Any]) -> Source:
     ConfigError
         If an option is missing, unknown or of the wrong kind.
     DataError
-        If the file is missing or unreadable, a column is missing, or a value is missing or not
-        finite.
+        If the file is missing or unreadable, a column is missing, a value is missing or not finite, or a
+        column is neither of numbers nor of categories.
     """
     _check_options(name, options)
     path, target, kind = Path(options["path"]), options["target"], options["kind"]
@@ -46,6 +52,7 @@ def load_csv(name: str, options: Mapping[str, Any]) -> Source:
     if target not in table.columns:
         raise DataError(f"{where} has no column {describe_choices(target, table.columns)}")
     _check_missing(where, table)
+    _check_stray_texts(where, table)
     inputs = table.drop(columns=target)
     _check_inputs(where, inputs)
     y, class_names = _read_target(where, table[target], kind)
@@ -83,7 +90,7 @@ def _read_table(where: str, path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise DataError(f"{where} does not exist or is not a file")
     try:
-        table = pd.read_csv(path)
+        table = pd.read_csv(path, keep_default_na=False, na_values=[""])
     except (ValueError, OSError, pd.errors.ParserError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{where} cannot be read as CSV: {reason}") from error
@@ -103,10 +110,30 @@ def _check_missing(where: str, table: pd.DataFrame) -> None:
         if bad.any():
             counts[str(column)] = int(bad.sum())
     if counts:
-        listed = ", ".join(f"{column!r} ({count} rows)" for column, count in counts.items())
+        listed = ", ".join(
+            f"{column!r} ({count} {'row' if count == 1 else 'rows'})"
+            for column, count in counts.items()
+        )
         raise DataError(
             f"{where} has missing or infinite values in column {listed}; fill or drop them"
         )
+
+
+def _check_stray_texts(where: str, table: pd.DataFrame) -> None:
+    """Refuse texts in a column of numbers: each of its numbers would become a category."""
+    for column in table.columns:
+        values = table[column]
+        if pd.api.types.is_numeric_dtype(values):
+            continue
+        texts = pd.to_numeric(values, errors="coerce").isna().to_numpy(dtype=bool)
+        share, distinct = texts.mean(), values.nunique()
+        if 0 < share <= 0.1 or (share <= 0.5 and distinct > FEW_CATEGORIES):
+            first = int(np.flatnonzero(texts)[0])
+            others = f" (and {texts.sum() - 1} more rows)" if texts.sum() > 1 else ""
+            raise DataError(
+                f"{where}: column {column!r} has numbers, but row {first + 1} below the header has "
+                f"{values.iloc[first]!r}{others}; make it a number or drop the row, or give the column texts only"
+            )
 
 
 def _check_inputs(where: str, inputs: pd.DataFrame) -> None:
@@ -114,10 +141,11 @@ def _check_inputs(where: str, inputs: pd.DataFrame) -> None:
         raise DataError(f"{where} has no column besides the target; at least one input is needed")
     for column in inputs.columns:
         values = inputs[column]
-        if not pd.api.types.is_numeric_dtype(values) and values.nunique() > MAX_CATEGORIES:
+        most = min(MAX_CATEGORIES, max(FEW_CATEGORIES, len(inputs) // 2))
+        if not pd.api.types.is_numeric_dtype(values) and values.nunique() > most:
             raise DataError(
                 f"{where}: column {column!r} is not numeric and has {values.nunique()} distinct "
-                f"values (at most {MAX_CATEGORIES}); drop it or make it numeric"
+                f"values in {len(inputs)} rows (at most {most}); drop it or make it numeric"
             )
 
 
@@ -130,6 +158,11 @@ def _read_target(
             target.to_numpy() if numeric else target.astype(str).to_numpy(dtype=np.str_),
             return_inverse=True,
         )
+        if pd.api.types.is_float_dtype(target) and len(classes) > MAX_NUMERIC_CLASSES:
+            raise DataError(
+                f"{where}: target column {target.name!r} has {len(classes)} different numbers with decimals, "
+                "which are no classes; set kind: regression"
+            )
         if len(classes) < 2:
             raise DataError(
                 f"{where}: target column {target.name!r} has one class; at least 2 are needed"
