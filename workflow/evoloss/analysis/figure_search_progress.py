@@ -100,7 +100,7 @@ def _draw_complexity(axes: Axes, group: pd.DataFrame) -> None:
             markersize=3.5,
             linewidth=1.2,
         )
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])  # room for the highest marker
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("generation")
     axes.set_ylabel("nodes")
