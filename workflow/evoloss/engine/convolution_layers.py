@@ -18,18 +18,8 @@ from torch import nn
 
 from evoloss.engine.convolution_activations import ACTIVATIONS
 from evoloss.engine.convolution_pooled_kernels import compile_pooled_kernels
-from evoloss.engine.row_products import (
-    LENGTH,
-    ROWS,
-    add_dot_products,
-    clear,
-    make_blocks,
-    make_sums,
-    multiply_rows,
-    pad_offsets,
-    scatter_rows,
-    sum_rows,
-)
+from evoloss.engine.row_dots import add_dot_products, make_blocks, pad_offsets, sum_rows
+from evoloss.engine.row_products import clear, multiply_rows, scatter_rows
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
@@ -71,39 +61,34 @@ class Products:
         shifts = (np.arange(rows)[:, None] * width + np.arange(columns)) * batch
         self._shifts = shifts.ravel()
         taps = np.arange(channels)[:, None] * self._x_stride + self._shifts
-        self._x_taps = pad_offsets(taps.ravel())
-        self._y_taps = pad_offsets(np.arange(out[0]) * self._y_stride)
+        self._x_taps, self._x_blocks = taps.ravel(), pad_offsets(taps.ravel())
+        self._y_taps = np.arange(out[0]) * self._y_stride
         self._y = np.empty((*self.shape, batch), dtype)
         self._dx = np.empty((*shape, batch), dtype)
-        self._spare = np.zeros((ROWS, min(self._length, LENGTH)), dtype)
         self._keep, self._no_bias = np.empty(0, dtype), np.zeros(out[0], dtype)
-        self._sums = make_sums(dtype)
-        self._weights = make_blocks(out[0], channels * rows * columns, dtype=dtype)
-        self._transposed = make_blocks(rows * columns, channels, out[0], dtype=dtype)
+        self._transposed = np.empty((rows * columns, channels, out[0]), dtype)
         self._gradient = make_blocks(out[0], channels * rows * columns, dtype=dtype)
 
     def forward(self, params: Sequence[Array], x: Array) -> Array:
         """Return the output ``y`` for the input ``x``."""
         return self._add_products(params[0], x, params[1] if len(params) == 2 else self._no_bias)
 
-    def _load(self, weight: Array) -> Array:
-        """Return the weight in whole blocks."""
-        self._weights[: len(weight), : weight[0].size] = weight.reshape(len(weight), -1)
-        return self._weights
+    @staticmethod
+    def _flatten(weight: Array) -> Array:
+        return np.ascontiguousarray(weight.reshape(len(weight), -1))
 
     def _load_transposed(self, weight: Array) -> Array:
         out, channels = weight.shape[:2]
-        taps = weight.reshape(out, channels, -1).transpose(2, 1, 0)
-        self._transposed[:, :channels, :out] = taps
+        np.copyto(self._transposed, weight.reshape(out, channels, -1).transpose(2, 1, 0))
         return self._transposed
 
     def _add_products(self, weight: Array, x: Array, bias: Array) -> Array:
         rows = len(weight)
         multiply_rows(
-            self._load(weight),
+            self._flatten(weight),
             *(x.reshape(-1), self._x_rows, self._x_taps),
             *(self._y.reshape(-1), self._y_rows, self._y_stride),
-            *(rows, self._length, self._sums, bias),
+            *(rows, self._length, bias),
         )
         return self._y
 
@@ -116,7 +101,7 @@ class Products:
         add_dot_products(
             self._gradient,
             *(dy.reshape(-1), self._y_rows, self._y_stride, rows),
-            *(x.reshape(-1), self._x_rows, self._x_taps, self._length),
+            *(x.reshape(-1), self._x_rows, self._x_blocks, self._length),
         )
         bias_gradient = np.empty(rows, dy.dtype)
         sum_rows(dy.reshape(rows, -1), bias_gradient)
@@ -126,7 +111,7 @@ class Products:
                 self._load_transposed(params[0]),
                 *(dy.reshape(-1), self._y_rows, self._y_taps),
                 *(self._dx.reshape(-1), self._x_rows, self._shifts, self._x_stride),
-                *(len(self._dx), self._length, self._spare),
+                *(len(self._dx), self._length, self._keep),
             )
         return self._take_gradients(params, bias_gradient), self._dx
 
@@ -170,7 +155,7 @@ class PooledConvolution(Products):
         self.shape = (channels, height // rows, width // columns)
         self._pooled = np.empty((*self.shape, batch), dtype)
         self._row = np.empty((channels, self._length), dtype)
-        self._row_taps = pad_offsets(np.arange(channels) * self._length)
+        self._row_taps = np.arange(channels) * self._length
         self._convolve_and_pool, self._pool_tangent, self._pool_backward = compile_pooled_kernels()
 
     @staticmethod
@@ -200,9 +185,9 @@ class PooledConvolution(Products):
     def forward_all(self, params: Sequence[Array], x: Array) -> tuple[Array, Array]:
         """Return the activation's and the pooling's output."""
         self._convolve_and_pool(
-            *(self._load(params[0]), x.reshape(-1), self._x_rows, self._x_taps),
+            *(self._flatten(params[0]), x.reshape(-1), self._x_rows, self._x_taps),
             *(self._in_rows(self._y), self._in_rows(self._pooled), self._window, self._kind),
-            *(self._sums, params[1] if len(params) == 2 else self._no_bias),
+            params[1] if len(params) == 2 else self._no_bias,
         )
         return self._y, self._pooled
 
@@ -216,9 +201,9 @@ class PooledConvolution(Products):
         clear(dx)
         self._pool_backward(
             *(self._in_rows(dy), self._in_rows(y), self._window, self._kind, self._row),
-            *(self._gradient, bias_gradient, x.reshape(-1), self._x_rows, self._x_taps),
+            *(self._gradient, bias_gradient, x.reshape(-1), self._x_rows, self._x_blocks),
             *(self._load_transposed(params[0]), self._row_taps, dx, self._shifts, self._x_stride),
-            *(len(self._dx), self._spare),
+            *(len(self._dx), self._keep),
         )
         return self._take_gradients(params, bias_gradient), self._dx
 
@@ -231,12 +216,11 @@ class PooledConvolution(Products):
         dx: Array | None,
     ) -> Array:
         """See `Products`; ``y`` is the activation's output, the result is the pooling's."""
-        dweights = self._load(dparams[0]).copy()
         self._pool_tangent(
-            *(dweights, x.reshape(-1), self._load(params[0])),
+            *(self._flatten(dparams[0]), x.reshape(-1), self._flatten(params[0])),
             *(self._keep if dx is None else dx.reshape(-1), self._x_rows, self._x_taps),
             *(self._in_rows(y), self._in_rows(self._pooled), self._window, self._kind, self._row),
-            *(self._sums, dparams[1] if len(params) == 2 else self._no_bias, self._keep),
+            *(dparams[1] if len(params) == 2 else self._no_bias, self._keep),
         )
         return self._pooled
 

@@ -10,16 +10,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from evoloss.engine import convolution_activations, row_products
+from evoloss.engine import convolution_activations, row_dots, row_products
 from evoloss.engine.convolution_activations import activate_row, slope_row
 from evoloss.engine.kernel_rows import digest_sources
-from evoloss.engine.row_products import (
-    dot_row,
-    multiply_row,
-    product_kernel,
-    row_block,
-    scatter_row,
-)
+from evoloss.engine.row_dots import dot_row
+from evoloss.engine.row_products import multiply_row, product_kernel, row_block, scatter_row
 
 
 @row_block
@@ -44,10 +39,10 @@ def compile_pooled_kernels() -> tuple[
     Callable[..., None], Callable[..., None], Callable[..., None]
 ]:
     """Return ``convolve_and_pool``, ``pool_tangent`` and ``pool_backward``."""
-    digest = digest_sources(convolution_activations, row_products)
+    digest = digest_sources(convolution_activations, row_dots, row_products)
 
     @product_kernel
-    def convolve_and_pool(weights, x, x_starts, taps, y, pooled, window, kind, sums, bias):  # type: ignore[no-untyped-def]
+    def convolve_and_pool(weights, x, x_starts, taps, y, pooled, window, kind, bias):  # type: ignore[no-untyped-def]
         """Write ``y`` and ``pooled``."""
         _ = digest
         rows, columns, batch = window
@@ -57,7 +52,7 @@ def compile_pooled_kernels() -> tuple[
         for h in range(height):
             multiply_row(
                 weights, x, x_starts[h], taps,
-                flat, h * length, height * length, channels, length, sums, bias,
+                flat, h * length, height * length, channels, length, bias,
             )  # fmt: skip
             for c in range(channels):
                 activate_row(y[c, h], kind)
@@ -67,7 +62,7 @@ def compile_pooled_kernels() -> tuple[
 
     @product_kernel
     def pool_tangent(  # type: ignore[no-untyped-def]
-        dweights, x, weights, dx, x_starts, taps, y, pooled, window, kind, row, sums, dbias, keep
+        dweights, x, weights, dx, x_starts, taps, y, pooled, window, kind, row, dbias, keep
     ):
         """Write to ``pooled`` its derivative along ``dweights``, ``dbias`` and, if not empty, ``dx``."""
         _ = digest
@@ -78,11 +73,11 @@ def compile_pooled_kernels() -> tuple[
         for h in range(height):
             start = x_starts[h]
             multiply_row(
-                dweights, x, start, taps, flat, 0, length, channels, length, sums, dbias
+                dweights, x, start, taps, flat, 0, length, channels, length, dbias
             )  # fmt: skip
             if dx.size > 0:
                 multiply_row(
-                    weights, dx, start, taps, flat, 0, length, channels, length, sums, keep
+                    weights, dx, start, taps, flat, 0, length, channels, length, keep
                 )  # fmt: skip
             for c in range(channels):
                 slope_row(row[c], y[c, h], kind, factor)
@@ -93,7 +88,7 @@ def compile_pooled_kernels() -> tuple[
     @product_kernel
     def pool_backward(  # type: ignore[no-untyped-def]
         dy, y, window, kind, row, gradient, bias_gradient, x, x_starts, x_taps,
-        transposed, row_taps, dx, shifts, x_stride, x_channels, spare,
+        transposed, row_taps, dx, shifts, x_stride, x_channels, keep,
     ):  # fmt: skip
         """Add the gradients by weight, bias and, if not empty, ``x`` (to ``dx``); ``dy`` is that by ``pooled``."""
         _ = digest
@@ -117,7 +112,7 @@ def compile_pooled_kernels() -> tuple[
             dot_row(gradient, flat, 0, length, channels, x, x_starts[h], x_taps, length)
             if dx.size > 0:
                 scatter_row(
-                    transposed, flat, 0, row_taps, dx, x_starts[h], shifts, x_stride, x_channels, length, spare
+                    transposed, flat, 0, row_taps, dx, x_starts[h], shifts, x_stride, x_channels, length, keep
                 )  # fmt: skip
 
     return convolve_and_pool, pool_tangent, pool_backward

@@ -32,19 +32,14 @@ from evoloss.engine.kernels import (
     sweep_mixed,
 )
 from evoloss.engine.loss_params import LossParams, sweep_adam
-from evoloss.engine.row_products import (
-    make_blocks,
-    make_sums,
-    multiply_row,
-    pad_offsets,
-)
+from evoloss.engine.row_products import multiply_row
 from evoloss.engine.softmax_kernels import sweep_cross_entropy, sweep_jacobian
 
 
 @sweep
 def sweep_candidate(  # type: ignore[no-untyped-def]
     ops, a, b, w, lo, hi, p, y, gram, gram_t, z, targets, taps, taps_t, rate, out,
-    u, v, g, direction, stepped, value, sums, bias, keep, inner, top, total, x, d, ap, aq, written,
+    u, v, g, direction, stepped, value, bias, keep, inner, top, total, x, d, ap, aq, written,
 ):  # fmt: skip
     """Return the outer loss of the candidate ``lo:hi`` and add its gradient by the weights to ``out``."""
     classes, batch = g.shape
@@ -55,10 +50,10 @@ def sweep_candidate(  # type: ignore[no-untyped-def]
         for j in range(z.shape[1]):
             stepped[c, j] = z[c, j]
     flat = stepped.reshape(-1)
-    multiply_row(u, gram_t, 0, taps, flat, 0, z.shape[1], classes, z.shape[1], sums, keep)
+    multiply_row(u, gram_t, 0, taps, flat, 0, z.shape[1], classes, z.shape[1], keep)
     outer_loss = sweep_cross_entropy(stepped, targets, v, top, total)
     flat = direction.reshape(-1)
-    multiply_row(v, gram, 0, taps_t, flat, 0, batch, classes, batch, sums, bias)
+    multiply_row(v, gram, 0, taps_t, flat, 0, batch, classes, batch, bias)
     sweep_jacobian(p, direction, g, -rate * factor, inner)
     sweep_mixed(
         ops, a, b, w, lo, hi, y, p.reshape(-1), g.reshape(-1), out, x, d, ap, aq, written
@@ -76,7 +71,7 @@ def _compile() -> tuple[Callable[..., None], Callable[..., None]]:
     @kernel
     def differentiate(  # type: ignore[no-untyped-def]
         ops, a, b, w, offsets, p, y, gram, gram_t, z, targets, taps, taps_t, rate, out,
-        u, v, g, direction, stepped, value, sums, bias, keep, inner, top, total, rows, written, values,
+        u, v, g, direction, stepped, value, bias, keep, inner, top, total, rows, written, values,
     ):  # fmt: skip
         _ = digest
         x, d, ap, aq = rows[0], rows[1], rows[2], rows[3]
@@ -84,13 +79,13 @@ def _compile() -> tuple[Callable[..., None], Callable[..., None]]:
         for i in range(offsets.shape[0] - 1):
             values[i] = sweep_candidate(
                 ops, a, b, w, offsets[i], offsets[i + 1], p, y, gram, gram_t, z, targets, taps, taps_t, rate, out,
-                u, v, g, direction, stepped, value, sums, bias, keep, inner, top, total, x, d, ap, aq, written,
+                u, v, g, direction, stepped, value, bias, keep, inner, top, total, x, d, ap, aq, written,
             )  # fmt: skip
 
     @kernel
     def search(  # type: ignore[no-untyped-def]
         ops, a, b, w, offsets, p, y, gram, gram_t, z, targets, taps, taps_t, rate, out,
-        u, v, g, direction, stepped, value, sums, bias, keep, inner, top, total, rows, written,
+        u, v, g, direction, stepped, value, bias, keep, inner, top, total, rows, written,
         alive, trainable, weights, first, second, meta_rate, root,
     ):  # fmt: skip
         _ = digest
@@ -104,7 +99,7 @@ def _compile() -> tuple[Callable[..., None], Callable[..., None]]:
                 out[k] = 0.0
             sweep_candidate(
                 ops, a, b, w, lo, hi, p, y, gram, gram_t, z, targets, taps, taps_t, rate, out,
-                u, v, g, direction, stepped, value, sums, bias, keep, inner, top, total, x, d, ap, aq, written,
+                u, v, g, direction, stepped, value, bias, keep, inner, top, total, x, d, ap, aq, written,
             )  # fmt: skip
             alive[i] = sweep_adam(
                 lo, hi, out, trainable, weights, first, second, meta_rate, root
@@ -117,8 +112,8 @@ def _compile() -> tuple[Callable[..., None], Callable[..., None]]:
 
 @functools.lru_cache(8)
 def row_offsets(rows: int, length: int) -> NDArray[np.int64]:
-    """Return where the rows of a matrix start, filled up to whole blocks."""
-    offsets = pad_offsets(np.arange(rows) * length)
+    """Return where the rows of a matrix start."""
+    offsets = np.arange(rows) * length
     offsets.flags.writeable = False
     return offsets
 
@@ -159,9 +154,9 @@ class LinearArrays:
         g, direction = np.empty((2, classes, batch), dtype)
         rows = make_rows(packed, 4, TERMINALS)
         return (
-            *(make_blocks(classes, batch, dtype=dtype), make_blocks(classes, outer, dtype=dtype)),
+            *(np.empty((classes, batch), dtype), np.empty((classes, outer), dtype)),
             *(g, direction, np.empty((classes, outer), dtype), np.empty(classes * batch, dtype)),
-            *(make_sums(dtype), np.zeros(classes, dtype), np.empty(0, dtype)),
+            *(np.zeros(classes, dtype), np.empty(0, dtype)),
             *(np.empty(batch, dtype), np.empty(outer, dtype), np.empty(outer, dtype)),
             *(rows, np.empty(rows.shape[1], dtype=np.bool_)),
         )

@@ -1,0 +1,94 @@
+"""Products of weights and rows at offsets against plain sums, on vectors of every length that processors have."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from evoloss.engine.row_dots import add_dot_products, make_blocks, pad_offsets
+from evoloss.engine.row_products import make_block_row, multiply_rows, scatter_rows
+
+GUARD = 7.0
+TOLERANCES = {"float32": 1e-5, "float64": 1e-13}
+
+
+def draw(seed: int, rows: int, taps: int, length: int, dtype: str) -> tuple[np.ndarray, ...]:
+    """Return weights (rows, taps), three source rows of two places each, and the tap offsets."""
+    generator = np.random.default_rng(seed)
+    weights = generator.normal(size=(rows, taps)).astype(dtype)
+    source = generator.normal(size=taps * 5 + 3 * length).astype(dtype)
+    return weights, source, generator.permutation(taps * 5)[:taps]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 16, 17, 23])
+@pytest.mark.parametrize("length", [1, 15, 64, 100, 211])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_rows_are_weighted_sums(rows: int, length: int, has_bias: bool, dtype: str) -> None:
+    weights, source, taps = draw(rows + length, rows, 11, length, dtype)
+    bias = np.arange(rows if has_bias else 0, dtype=dtype)
+    starts, stride = np.array([0, 2 * length, length]), 3 * length + 5
+    target = np.full(rows * stride, GUARD, dtype)
+    targets = np.array([0, length, 2 * length])
+    expected = target.copy()
+    for start, out in zip(starts, targets, strict=True):
+        read = np.stack([source[start + tap : start + tap + length] for tap in taps])
+        for m in range(rows):
+            row = expected[out + m * stride : out + m * stride + length]
+            row[:] = weights[m] @ read + (bias[m] if has_bias else row)
+    multiply_rows(weights, source, starts, taps, target, targets, stride, rows, length, bias)
+    np.testing.assert_allclose(target, expected, atol=TOLERANCES[dtype])
+    assert (target.reshape(rows, stride)[:, -5:] == GUARD).all()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(("num_bytes", "num_sums"), [(64, 24), (32, 12), (16, 24), (16, 12)])
+@pytest.mark.parametrize("rows", [1, 6, 8])
+def test_vectors_of_any_length(rows: int, num_bytes: int, num_sums: int, dtype: str) -> None:
+    """Wherever the tests run; what the processor lacks LLVM makes of what it has."""
+    multiply = make_block_row(rows, num_bytes, num_sums)
+    weights, source, taps = draw(rows, 2 * rows, 9, 131, dtype)
+    target = np.full(rows * 140, GUARD, dtype)
+    bias = np.arange(2 * rows, dtype=dtype)
+    multiply(weights, rows, source, 3, taps, target, 2, 140, 131, bias)
+    read = np.stack([source[3 + tap : 3 + tap + 131] for tap in taps])
+    found = target.reshape(rows, 140)
+    expected = weights[rows:] @ read + bias[rows:, None]
+    np.testing.assert_allclose(found[:, 2:133], expected, atol=TOLERANCES[dtype])
+    assert (found[:, :2] == GUARD).all()
+    assert (found[:, 133:] == GUARD).all()
+
+
+def test_scattering_and_dot_products_are_its_transposes() -> None:
+    """<W x, y> = <x, W^T y> = <W, y x^T>."""
+    rows, length, shifts = 10, 37, np.array([0, 37, 5])
+    generator = np.random.default_rng(0)
+    weights = generator.normal(size=(rows, shifts.size))
+    x, y = generator.normal(size=3 * length), generator.normal(size=rows * length)
+    starts, outs, keep = np.zeros(1, np.int64), np.zeros(1, np.int64), np.empty(0)
+    products = np.zeros_like(y)
+    multiply_rows(weights, x, starts, shifts, products, outs, length, rows, length, keep)
+    scattered = np.zeros_like(x)
+    transposed = np.ascontiguousarray(weights.T[:, None])
+    places = np.arange(rows) * length
+    scatter_rows(transposed, y, outs, places, scattered, starts, shifts, 0, 1, length, keep)
+    gradient = make_blocks(rows, shifts.size, dtype="float64")
+    blocks = pad_offsets(shifts)
+    add_dot_products(gradient, y, outs, length, rows, x, starts, blocks, length)
+    expected = products @ y
+    assert scattered @ x == pytest.approx(expected, rel=1e-12)
+    found = (gradient[:rows, : shifts.size] * weights).sum()
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_what_is_not_finite_stays_in_its_row() -> None:
+    weights = np.array([[1.0, np.nan], [1.0, 2.0], [np.inf, 1.0]])
+    target = np.zeros(3 * 20)
+    multiply_rows(
+        weights, np.ones(30), np.zeros(1, np.int64), np.array([0, 4]),
+        target, np.zeros(1, np.int64), 20, 3, 20, np.empty(0),
+    )  # fmt: skip
+    found = target.reshape(3, 20)
+    assert np.isnan(found[0]).all()
+    assert (found[1] == 3.0).all()
+    assert np.isinf(found[2]).all()
