@@ -28,6 +28,13 @@ def test_everything_is_there(tiny_run: Path) -> None:
     assert not missing
 
 
+def test_report_begins_with_the_main_result(tiny_run: Path) -> None:
+    page = (tiny_run / "results" / "report.html").read_text(encoding="utf-8")
+    assert ".main-result svg" in page
+    assert "This is the main result" in page
+    assert "system-message" not in page  # what docutils puts where it cannot read a text
+
+
 def test_report_entries_have_one_label(tiny_run: Path) -> None:
     """A second label that halves a category becomes a switch of Snakemake's page, which then shows nothing at all."""
     page = (tiny_run / "results" / "report.html").read_text(encoding="utf-8")
