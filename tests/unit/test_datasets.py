@@ -215,8 +215,10 @@ def test_csv_category_unseen_in_training_is_all_zeros(tmp_path: Path) -> None:
         ("a,specie\n1,x\n2,y\n", {}, DataError, ["'species'", "did you mean 'specie'"]),
         ("a,species\n1,x\n,x\n3,\n", {}, DataError, ["'a' (1 row)", "'species' (1 row)"]),
         ("a,species\n1,x\ninf,x\n3,x\n", {}, DataError, ["'a' (1 row)"]),
-        ("a,species\n" + "1,x\n2,y\n" * 9 + "N/A,x\n", {}, DataError, ["'a' has", "row 19", "'N/A'"]),
-        ("a,species\n" + "".join(f"{i / 8},x\n{i},y\n?,x\n" for i in range(15)), {}, DataError, ["row 3", "14 more"]),
+        ("a,species\n" + "1,x\n2,y\n" * 9 + "N/A,x\n", {}, DataError, ["'a' (1 row)"]),
+        ("a,species\n" + "1,1\n2,2\n3,NA\n" * 9, {}, DataError, ["'species' (9 rows)"]),
+        ("a,species\n" + "".join(f"{i / 8},x\n{i},y\nlow,x\n" for i in range(15)), {}, DataError, ["row 3", "14 more"]),
+        ("a,species\n1,2,x\n2,3,y\n", {}, DataError, ["cannot be read as CSV", "Length of header"]),
         ("a,species\n" + "".join(f"1,{i / 8}\n" for i in range(40)), {}, DataError, ["40", "kind: regression"]),
         ("a,species\n" + "".join(f"u{i},x\nu{i},y\n" for i in range(40)) + "v,x\n", {}, DataError, ["41 distinct"]),
         ("species\nx\ny\n", {}, DataError, ["no column besides"]),
@@ -261,11 +263,22 @@ def test_csv_that_is_no_text_is_refused(tmp_path: Path) -> None:
 def test_csv_categories_may_have_any_name(tmp_path: Path) -> None:
     """pandas would take None and NA for missing values."""
     path = tmp_path / "mine.csv"
-    path.write_text("a,species\n" + "None,NA\n3+,1\n2,NA\n1,1\n" * 10)
+    path.write_text("a,species\n" + "None,None\n3+,mild\n2,None\n1,mild\n" * 10)
     options = {"path": path, **CSV_OPTIONS}
     _, card = prepare_dataset("csv", data_seed=0, split=SPLIT, options=options)
-    assert card["class_names"] == ["1", "NA"]
+    assert card["class_names"] == ["None", "mild"]
     assert card["input_shape"] == [4]
+
+
+def test_csv_numbers_of_any_size_are_numbers(tmp_path: Path) -> None:
+    """pandas takes 10^20 for a text, and 0.0 to 29.0 stand for classes too."""
+    path = tmp_path / "mine.csv"
+    rows = "".join(f"{10**20 + i},{i % 30}.0\n" for i in range(300))
+    path.write_text("a,species\n" + rows)
+    options = {"path": path, **CSV_OPTIONS}
+    _, card = prepare_dataset("csv", data_seed=0, split=SPLIT, options=options)
+    assert card["input_shape"] == [1]
+    assert len(card["class_names"]) == 30
 
 
 def test_csv_identifier_column_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,21 @@ MAX_CATEGORIES = 1000
 """A text column with more distinct values is an identifier, not a category."""
 FEW_CATEGORIES = 20
 """So many are never taken for identifiers; a text column with more of them than half the rows is."""
+MISSING_MARKERS = (
+    "NA",
+    "N/A",
+    "n/a",
+    "#N/A",
+    "<NA>",
+    "NaN",
+    "nan",
+    "-nan",
+    "null",
+    "NULL",
+    "None",
+    "?",
+)
+"""No value, among numbers; a column of texts may have categories of these names."""
 MAX_NUMERIC_CLASSES = 20
 """A column of numbers with decimals and more distinct values is a quantity, not a label."""
 
@@ -90,13 +106,29 @@ def _read_table(where: str, path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise DataError(f"{where} does not exist or is not a file")
     try:
-        table = pd.read_csv(path, keep_default_na=False, na_values=[""])
-    except (ValueError, OSError, pd.errors.ParserError) as error:
+        with warnings.catch_warnings():
+            # rows with more values than the header has columns: pandas would only warn, and drop some
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            table = pd.read_csv(
+                path, keep_default_na=False, na_values=[""], low_memory=False, index_col=False
+            )
+    except (ValueError, OSError, pd.errors.ParserError, pd.errors.ParserWarning) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{where} cannot be read as CSV: {reason}") from error
     if table.empty:
         raise DataError(f"{where} has no rows below its header")
-    return table
+    return table.apply(_parse_numbers)
+
+
+def _parse_numbers(column: pd.Series[Any]) -> pd.Series[Any]:
+    """Return a column of texts as one of numbers, if they are nothing but numbers and markers of missing values."""
+    if pd.api.types.is_numeric_dtype(column) or column.isna().all():
+        return column
+    numbers = pd.to_numeric(column, errors="coerce")
+    rest = column[numbers.isna() & column.notna()]
+    if numbers.notna().any() and rest.isin(MISSING_MARKERS).all():
+        return numbers.astype(np.float64)
+    return column
 
 
 def _check_missing(where: str, table: pd.DataFrame) -> None:
@@ -126,13 +158,13 @@ def _check_stray_texts(where: str, table: pd.DataFrame) -> None:
         if pd.api.types.is_numeric_dtype(values):
             continue
         texts = pd.to_numeric(values, errors="coerce").isna().to_numpy(dtype=bool)
-        share, distinct = texts.mean(), values.nunique()
-        if 0 < share <= 0.1 or (share <= 0.5 and distinct > FEW_CATEGORIES):
+        if 0 < texts.mean() <= 0.5 and values.nunique() > FEW_CATEGORIES:
             first = int(np.flatnonzero(texts)[0])
             others = f" (and {texts.sum() - 1} more rows)" if texts.sum() > 1 else ""
             raise DataError(
                 f"{where}: column {column!r} has numbers, but row {first + 1} below the header has "
-                f"{values.iloc[first]!r}{others}; make it a number or drop the row, or give the column texts only"
+                f"{values.iloc[first]!r}{others}; make it a number, drop the row, or, if these are categories, "
+                "begin all of them with a letter"
             )
 
 
@@ -158,7 +190,7 @@ def _read_target(
             target.to_numpy() if numeric else target.astype(str).to_numpy(dtype=np.str_),
             return_inverse=True,
         )
-        if pd.api.types.is_float_dtype(target) and len(classes) > MAX_NUMERIC_CLASSES:
+        if numeric and len(classes) > MAX_NUMERIC_CLASSES and np.any(classes % 1 != 0):
             raise DataError(
                 f"{where}: target column {target.name!r} has {len(classes)} different numbers with decimals, "
                 "which are no classes; set kind: regression"
