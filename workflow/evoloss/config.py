@@ -188,9 +188,9 @@ def _check_csv(where: str, path: Path, target: str) -> None:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{where}.path: {str(path)!r} cannot be read as CSV: {reason}") from error
     if target not in header:
-        semicolon = " (columns are separated by commas)" if len(header) == 1 else ""
+        hint = " (columns are separated by commas)" if len(header) == 1 else ""
         raise ConfigError(
-            f"{where}.target: {str(path)!r} has no column {describe_choices(target, header)}{semicolon}"
+            f"{where}.target: {str(path)!r} has no column {describe_choices(target, header)}{hint}"
         )
 
 

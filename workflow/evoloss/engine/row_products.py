@@ -7,9 +7,10 @@ Images are stored batch-innermost, (channels, height, width, batch), so one row 
 whose operands are rows at given offsets, and no copy of the input (im2col) is made. `evoloss.engine.row_dots` has the
 weight gradient.
 
-A few sums of a few vectors each stay in registers from the first tap to the last, as in any fast matrix product. A
-compiler does not do that to plain loops, so the block is written in LLVM's language, with vectors as long as the
-processor's; LLVM turns them into whatever there is.
+A few sums of a few vectors each stay in registers from the first tap to the last, as in any fast matrix product
+(Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008). A compiler does not do that to plain
+loops, so the block is written in LLVM's language, with vectors as long as the processor's; LLVM turns them into what
+there is.
 
 ``contract`` and ``reassoc`` change rounding alone; NaN and infinity stay what they are.
 """

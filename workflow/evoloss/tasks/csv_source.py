@@ -20,7 +20,7 @@ KINDS = ("classification", "regression")
 MAX_CATEGORIES = 1000
 """A text column with more distinct values is an identifier, not a category."""
 FEW_CATEGORIES = 20
-"""So many are never taken for identifiers; a text column with more of them than half the rows is."""
+"""So many different texts are categories; with more, they are identifiers if they are more than half the rows."""
 MISSING_MARKERS = (
     "NA",
     "N/A",
