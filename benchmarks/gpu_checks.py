@@ -39,7 +39,7 @@ from evoloss.engine.cuda_graphs import SWITCH
 from evoloss.engine.engine import choose_path
 from evoloss.engine.general import GeneralPath
 from evoloss.engine.population_loss import PopulationLoss
-from evoloss.engine.precision import set_gpu_products
+from evoloss.engine.precision import set_torch_kernels
 from evoloss.engine.streams import draw_batches
 from evoloss.errors import EvolossError
 from evoloss.expressions import Program, compile_weighted_tree, parse_expression
@@ -211,7 +211,7 @@ def measure_large_network(
     results: dict[str, Any] = {"path": path.name, "parameters": size}
     for precision in ("float32", "tf32"):
         rates: dict[str, list[float]] = {"engine": [], "plain": []}
-        with set_gpu_products(precision, device):
+        with set_torch_kernels(precision, device):
             for repeat in range(repeats + 1):
                 seconds = {
                     "engine": time_call(

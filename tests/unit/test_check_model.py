@@ -6,12 +6,15 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from toy_tasks import make_toy_task
 
+import oracle
 from evoloss.engine import Engine, LocalSearchSettings, TrainingSettings
 from evoloss.engine.check_model import check_model
 from evoloss.errors import ModelError
@@ -51,6 +54,41 @@ class Noisy(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + torch.randn_like(x)
+
+
+class Centring(nn.Module):
+    """It overwrites what it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x -= 1
+        return x
+
+
+class Overwriting(nn.Module):
+    """It overwrites what it is given, and only then calls a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x -= 1
+        outputs: Tensor = self.layer(x)
+        return outputs
+
+
+class Attention(nn.Module):
+    """An encoder layer over the inputs as a sequence, whose attention torch computes by a fused kernel of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Linear(1, 4)
+        self.encoder = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+        self.output = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.output(self.encoder(self.embedding(x.unsqueeze(-1))).mean(1))
+        return outputs
 
 
 class Unused(nn.Module):
@@ -113,6 +151,16 @@ def wrap(*layers: nn.Module) -> Callable[[], nn.Module]:
         (wrap(nn.Sequential(nn.Tanh(), Noisy())), "module '1.1' (Noisy) is random"),
         (wrap(Branching()), "at once (control flow that depends on computed values, or changes"),
         (wrap(Branching()), "in its module '1' (Branching): vmap"),
+        (
+            lambda: nn.Sequential(nn.Identity(), Centring(), nn.Linear(6, 3)),
+            "module '1' (Centring) changes the model's inputs in place",
+        ),
+        (Overwriting, "its Overwriting changes the model's inputs in place"),
+        (wrap(nn.LazyLinear(4)), "its parameter '1.weight' has no shape before the first call"),
+        (
+            lambda: nn.Sequential(nn.Linear(6, 3), nn.Threshold(1e9, float("nan"))),
+            "its outputs for 2 rows of the training data are not finite before any training",
+        ),
         (wrap(Unused()), "its parameter '1.spare' has no influence on the outputs"),
         (wrap(nn.Linear(5, 4)), "training data, in its module '1' (Linear): mat1 and mat2 shapes"),
         (
@@ -146,6 +194,7 @@ def test_our_own_models_pass(name: str, precision: str) -> None:
         nn.BatchNorm1d(4, track_running_stats=False),
         nn.Dropout(0.0),
         nn.ReLU(inplace=True),
+        Centring(),
         nn.Linear(4, 4).requires_grad_(False),
     ],
     ids=lambda layer: type(layer).__name__,
@@ -179,3 +228,31 @@ def test_a_model_without_second_derivative_has_no_local_search(
     assert engine.compute_fitness(programs, 3, 0) >= 0
     with pytest.raises(ModelError, match="model 'mine' has no second derivative, which local sea"):
         engine.local_search(programs, LocalSearchSettings(2, 1, 0.01), 0)
+
+
+@pytest.mark.parametrize("inner_steps", [1, 2])
+def test_attention_can_be_searched_for(
+    inner_steps: int, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Its fused kernels have no second derivative, so the engine does not use them."""
+    monkeypatch.setitem(models.MODELS, "mine", lambda task: Attention())
+    settings = TrainingSettings(16, 0.1, precision="float64")
+    engine = Engine(make_toy_task(), "mine", settings, torch.device("cpu"))
+    program = compile_weighted_tree(parse_expression("square(sub(y, f(x)))"))
+    inner = [engine.batch("train", torch.arange(16) + 16 * k) for k in range(inner_steps)]
+    outer = engine.batch("train", torch.arange(40, 56))
+    model = engine.build_model(0)
+    context = engine.prepare(model, inner, outer)
+    values, found = engine.meta_gradients(context, engine.population_loss([program]))
+    samples = [(batch.x, batch.y) for batch in (*inner, outer)]
+    with sdpa_kernel(SDPBackend.MATH):
+        value, expected = oracle.compute_meta_gradient(
+            engine.task, model, program, settings, samples[:-1], samples[-1]
+        )
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    assert values[0] == pytest.approx(value)
+    engine.local_search([program], LocalSearchSettings(2, inner_steps, 0.01), 0)
+    assert engine.compute_fitness([program], 3, 0) >= 0
+    assert not [
+        str(warning.message) for warning in recwarn if "performance" in str(warning.message)
+    ]

@@ -18,7 +18,7 @@ from evoloss.engine import Engine, LocalSearchSettings, TaskLoss, TrainingRun, T
 from evoloss.engine.engine import FAST_PATHS
 from evoloss.engine.general import GeneralPath
 from evoloss.engine.path import Path
-from evoloss.engine.precision import set_gpu_products
+from evoloss.engine.precision import set_torch_kernels
 from evoloss.engine.streams import draw_batches
 from evoloss.engine.threads import map_on_threads
 from evoloss.errors import ConfigError
@@ -141,14 +141,14 @@ def test_products_on_a_gpu_are_set_and_restored(precision: str, expected: bool) 
     before = (products.allow_tf32, layers.allow_tf32)
 
     def fail() -> None:
-        with set_gpu_products(precision, torch.device("cuda")):
+        with set_torch_kernels(precision, torch.device("cuda")):
             assert (products.allow_tf32, layers.allow_tf32) == (expected, expected)
             raise ConfigError("inside")
 
     with pytest.raises(ConfigError, match="inside"):
         fail()
     assert (products.allow_tf32, layers.allow_tf32) == before
-    with set_gpu_products(precision, CPU):
+    with set_torch_kernels(precision, CPU):
         assert (products.allow_tf32, layers.allow_tf32) == before
 
 

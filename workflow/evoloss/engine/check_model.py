@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn.parameter import is_lazy
 
 from evoloss.errors import ModelError
 
@@ -23,21 +24,29 @@ class _Trial:
     def __init__(self, model: nn.Module) -> None:
         self.model = copy.deepcopy(model)
         self.outputs: dict[str, Tensor] = {}
-        self._entered: list[str] = []
+        self.overwriting: str | None = None
+        self._input = torch.empty(0)
+        self._entered: list[tuple[str, int]] = []
         self._types = {name: type(module).__name__ for name, module in self.model.named_modules()}
         for name, module in self.model.named_modules():
-            module.register_forward_pre_hook(lambda *_, name=name: self._entered.append(name))
+            module.register_forward_pre_hook(lambda *_, name=name: self._enter(name))
             module.register_forward_hook(lambda *args, name=name: self._leave(name, args[-1]))
 
+    def _enter(self, name: str) -> None:
+        self._entered.append((name, self._input._version))
+
     def _leave(self, name: str, output: object) -> None:
-        self._entered.pop()
+        # torch counts a tensor's changes in place as its versions
+        _, version = self._entered.pop()
+        if self._input._version > version and self.overwriting is None:
+            self.overwriting = name
         if isinstance(output, Tensor):
             self.outputs[name] = output
 
     def run(self, x: Tensor) -> dict[str, Tensor]:
-        """Return every module's outputs, innermost first."""
-        self.outputs = {}
-        self.model(x)
+        """Return all modules' outputs, innermost first; ``overwriting`` names the one that changed the inputs."""
+        self.outputs, self._input = {}, x.clone()
+        self.model(self._input)
         return self.outputs
 
     def describe(self, name: str) -> str:
@@ -46,7 +55,7 @@ class _Trial:
 
     def describe_stop(self) -> str:
         """Return the module that was entered last and not left."""
-        return self.describe(self._entered[-1] if self._entered else "")
+        return self.describe(self._entered[-1][0] if self._entered else "")
 
 
 def check_model(model: nn.Module, model_name: str, x: Tensor, num_outputs: int) -> None:
@@ -66,16 +75,28 @@ def check_model(model: nn.Module, model_name: str, x: Tensor, num_outputs: int) 
     Raises
     ------
     ModelError
-        In one sentence that names the module: it fails on the inputs or has outputs of another shape, a parameter
-        has no influence, it changes a buffer when it is called, it is random, or `torch.func.vmap` cannot handle it.
+        In one sentence that names the module: it fails on the inputs or changes them, has outputs of another shape or
+        none that are finite, a parameter is lazy or has no influence, it changes a buffer when it is called, it is
+        random, or `torch.func.vmap` cannot handle it.
     """
     refuse = f"model {model_name!r} cannot be trained here:"
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ModelError(
+                f"{refuse} its parameter {name!r} has no shape before the first call, so no seed could fill it; use a "
+                "layer that is given its number of inputs, not a lazy one"
+            )
     with torch.random.fork_rng(devices=[]):
         with _explain(f"{refuse} it cannot be copied"):
             trial = _Trial(model)
         before = {name: buffer.clone() for name, buffer in trial.model.named_buffers()}
         with _explain(f"{refuse} it fails on two rows of the training data, in", trial):
             first, second = trial.run(x), trial.run(x)
+        if trial.overwriting is not None:
+            raise ModelError(
+                f"{refuse} {trial.describe(trial.overwriting)} changes the model's inputs in place, which are the data "
+                "themselves; let it compute with a copy"
+            )
         for name, buffer in trial.model.named_buffers():
             if not torch.equal(buffer, before[name]):
                 owner, _, own_name = name.rpartition(".")
@@ -131,6 +152,10 @@ def _check_outputs(
         raise ModelError(
             f"{refuse} its outputs for {expected[0]} rows have shape {tuple(outputs.shape)}, but the task needs "
             f"{expected}"
+        )
+    if not bool(torch.isfinite(outputs).all()):
+        raise ModelError(
+            f"{refuse} its outputs for {expected[0]} rows of the training data are not finite before any training"
         )
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable or not outputs.requires_grad:

@@ -28,7 +28,7 @@ from evoloss.engine.loss_params import LossParams
 from evoloss.engine.memory import Chunk, Chunks
 from evoloss.engine.path import Context, Path
 from evoloss.engine.population_loss import OutputLoss, PopulationLoss
-from evoloss.engine.precision import Bfloat16Layers, set_gpu_products
+from evoloss.engine.precision import Bfloat16Layers, set_torch_kernels
 from evoloss.engine.safe_point import SafePoint
 from evoloss.engine.settings import TrainingSettings
 from evoloss.engine.streams import Batch
@@ -91,8 +91,9 @@ class Engine:
         self.model_options = model_options
         self.task = task.to(device, settings.dtype)
         model = self.build_model(0)
-        check_model(model, model_name, self.task.train.x[:2], task.num_outputs)
-        self.path = choose_path(self.task, model, settings)
+        with set_torch_kernels(settings.precision, device):
+            check_model(model, model_name, self.task.train.x[:2], task.num_outputs)
+            self.path = choose_path(self.task, model, settings)
         if settings.precision == "tf32" and device.type != "cuda":
             logger.info("training.precision: tf32 is a GPU's; on %s it is float32", device.type)
         self._meta_steps: MetaSteps | None = None
@@ -186,7 +187,7 @@ class Engine:
         """
         prepare = self._find_linearisation() if linearised else self.path.prepare
         if len(inner) == 1:
-            with set_gpu_products(self.settings.precision, self.device):
+            with set_torch_kernels(self.settings.precision, self.device):
                 # there is nothing to halve: out of memory it only ends with a sentence
                 ((_, context),) = self._meta_chunks.run(
                     [(0,)], lambda _: prepare(model, inner[0], outer)
@@ -215,7 +216,7 @@ class Engine:
             values, gradient = self.path.meta_gradients(context, part)
             return values.double().cpu().numpy(), gradient
 
-        with set_gpu_products(self.settings.precision, self.device):
+        with set_torch_kernels(self.settings.precision, self.device):
             parts = self._meta_chunks.run(self._meta_chunks.split(range(loss.size)), work)
         if len(parts) == 1:
             return parts[0][1]
@@ -265,7 +266,8 @@ class Engine:
         if not programs or settings.meta_steps == 0:
             return list(programs)
         if self._meta_steps is None or not self._meta_steps.belong_to(settings, stream):
-            check_second_derivative(self.build_model(0), self.model_name, self.task.train.x[:2])
+            with set_torch_kernels(self.settings.precision, self.device):
+                check_second_derivative(self.build_model(0), self.model_name, self.task.train.x[:2])
             self._meta_steps = MetaSteps(self, settings, *stream)
         return run_local_search(
             self, programs, self._meta_steps, settings, on_step, resume, at_safe_point

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from evoloss.engine.engine import Engine
 from evoloss.engine.optimizer import OptimizerState, update_parameters
-from evoloss.engine.precision import set_gpu_products
+from evoloss.engine.precision import set_torch_kernels
 from evoloss.engine.settings import TrainingSettings
 from evoloss.expressions import Expression, Program
 from evoloss.expressions.operators import PREDICTION
@@ -78,7 +78,7 @@ def run_rejection_protocol(
     task = engine.task
     rows = torch.arange(min(settings.sample, len(task.train.y)))
     batch = engine.batch("train", rows)
-    with torch.no_grad(), set_gpu_products(engine.settings.precision, engine.device):
+    with torch.no_grad(), set_torch_kernels(engine.settings.precision, engine.device):
         start = engine.build_model(*stream, "rejection")(batch.x)
     loss = engine.population_loss(programs)
     # with the outputs before the samples: the losses are fastest there

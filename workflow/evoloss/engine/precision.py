@@ -1,4 +1,7 @@
-"""Arithmetic faster than float32: TF32 products on a GPU, bfloat16 layers. Parameters and losses stay float32."""
+"""Arithmetic of a base model: bfloat16 layers, TF32 products on a GPU, and which of torch's kernels compute it.
+
+Parameters and losses stay float32 under both.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 class Bfloat16Layers(nn.Module):
@@ -24,18 +28,21 @@ class Bfloat16Layers(nn.Module):
 
 
 @contextmanager
-def set_gpu_products(precision: str, device: torch.device) -> Iterator[None]:
-    """Let a GPU's float32 products and convolutions round their factors to TF32, or not; restore what was set before.
+def set_torch_kernels(precision: str, device: torch.device) -> Iterator[None]:
+    """Choose among torch's kernels for what a base model does; restore the choice that was set before.
 
-    Without it torch lets convolutions, but not products, do so, whatever precision was asked for.
+    Attention is computed by the kernel that has a second derivative and a rule for `torch.func.vmap`: the fused ones,
+    torch's own choice, have neither. A GPU's float32 products and convolutions round their factors to TF32, or not: by
+    itself torch lets convolutions, but not products, do so, whatever precision was asked for.
     """
-    if device.type != "cuda":
-        yield
-        return
-    products, layers = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = products.allow_tf32, layers.allow_tf32
-    try:
-        products.allow_tf32 = layers.allow_tf32 = precision == "tf32"
-        yield
-    finally:
-        products.allow_tf32, layers.allow_tf32 = before
+    with sdpa_kernel(SDPBackend.MATH):
+        if device.type != "cuda":
+            yield
+            return
+        products, layers = torch.backends.cuda.matmul, torch.backends.cudnn
+        before = products.allow_tf32, layers.allow_tf32
+        try:
+            products.allow_tf32 = layers.allow_tf32 = precision == "tf32"
+            yield
+        finally:
+            products.allow_tf32, layers.allow_tf32 = before

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from evoloss.engine.memory import Chunk
 from evoloss.engine.population_loss import OutputLoss
-from evoloss.engine.precision import set_gpu_products
+from evoloss.engine.precision import set_torch_kernels
 from evoloss.engine.snapshot import restore_snapshot, take_snapshot
 from evoloss.engine.streams import draw_batches
 
@@ -166,7 +166,7 @@ class TrainingRun:
             self._parts[networks] = part
             return result
 
-        with set_gpu_products(engine.settings.precision, engine.device):
+        with set_torch_kernels(engine.settings.precision, engine.device):
             return engine.training_chunks.run(list(self._parts), work)
 
     def _start(self, networks: Chunk) -> _Part:
