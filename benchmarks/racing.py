@@ -29,6 +29,7 @@ from evoloss.engine import Engine, LocalSearchSettings, TrainingSettings
 from evoloss.engine.filters import RejectionSettings
 from evoloss.engine.racing import RacingSettings
 from evoloss.expressions import compile_expression, parse_expression
+from evoloss.search.archive import Archive
 from evoloss.search.gp_search import GPSearch
 from evoloss.search.individuals import VariationSettings
 from evoloss.search.settings import SearchSettings
@@ -114,12 +115,7 @@ class _EnoughError(Exception):
     """Ends a search that has had its generations, its training steps and its time."""
 
 
-def run_search(
-    engine: Engine,
-    settings: SearchSettings,
-    seed: int,
-    enough: Callable[[Row], bool] = lambda row: False,
-) -> list[Row]:
+def run_search(search: GPSearch, enough: Callable[[Row], bool] = lambda row: False) -> list[Row]:
     """Return the history, with the sums so far as ``cpu_seconds`` and ``steps``; it ends once a row is ``enough``."""
     rows: list[Row] = []
     started = time.process_time()
@@ -131,15 +127,35 @@ def run_search(
             raise _EnoughError
 
     try:
-        GPSearch(engine, settings, seed).run(keep)
+        search.run(keep)
     except _EnoughError:
-        logger.debug("seed %d: enough after generation %d", seed, rows[-1]["generation"])
+        logger.debug("enough after generation %d", rows[-1]["generation"])
     return rows
 
 
-def describe(engine: Engine, rows: Sequence[Row], num_steps: int, trainings: int) -> Row:
-    """Return fitness and test error of the best loss after the last of ``rows``, and what it took to find."""
+def train_stopped(
+    engine: Engine, archive: Archive, num_steps: int, seed: int, num_networks: int = 1
+) -> list[tuple[int, float]]:
+    """Train the losses that racing stopped to the end after all; return generation and fitness of each."""
+    stopped = [record for record in archive.records.values() if record.status == "stopped"]
+    programs = [compile_expression(record.expression) for record in stopped]
+    found = engine.compute_fitness(programs, num_steps, seed, "fitness", num_networks=num_networks)
+    return list(zip((record.generation for record in stopped), found.tolist(), strict=True))
+
+
+def describe(
+    engine: Engine,
+    rows: Sequence[Row],
+    num_steps: int,
+    trainings: int,
+    stopped: Sequence[tuple[int, float]] = (),
+) -> Row:
+    """Return fitness and test error of the best loss after the last of ``rows``, and what it took to find.
+
+    ``stopped`` is `train_stopped`'s: ``missed`` counts those that are better than the best loss of their time.
+    """
     best = rows[-1]
+    by_then = [fitness for generation, fitness in stopped if generation <= best["generation"]]
     trained = sum(row["evaluated"] + row["stopped"] + row["diverged"] for row in rows)
     errors = [float("nan")]
     if best["best_expression"]:
@@ -157,6 +173,8 @@ def describe(engine: Engine, rows: Sequence[Row], num_steps: int, trainings: int
         "test_error": statistics.fmean(errors),
         "complexity": best["best_complexity"],
         "candidates_trained": trained,
+        "stopped": len(by_then),
+        "missed": sum(fitness < best["best_fitness"] for fitness in by_then),
         "share_of_steps_spared": 1 - sum(r["training_steps"] for r in rows) / (trained * num_steps)
         if trained
         else 0.0,
@@ -168,22 +186,25 @@ def compare(
 ) -> dict[str, Row]:
     """Search without and with racing; return what each had found: ``off`` and, with racing, at equal `BUDGETS`."""
     generations, num_steps = settings.num_generations, settings.fitness_steps
-    off = run_search(engine, replace(settings, racing=RacingSettings()), seed)
+    off = run_search(GPSearch(engine, replace(settings, racing=RacingSettings()), seed))
     budgets = {budget: off[-1][key] for budget, key in BUDGETS.items()}
+    longer = replace(settings, racing=racing, num_generations=MOST_GENERATIONS * generations)
+    search = GPSearch(engine, longer, seed)
     on = run_search(
-        engine,
-        replace(settings, racing=racing, num_generations=MOST_GENERATIONS * generations),
-        seed,
-        lambda row: all(row[key] >= budgets[budget] for budget, key in BUDGETS.items()),
+        search, lambda row: all(row[key] >= budgets[budget] for budget, key in BUDGETS.items())
     )
+    stopped = train_stopped(engine, search.archive, num_steps, seed, settings.num_networks)
     histories = {"off": off}
     for budget, key in BUDGETS.items():
         histories[budget] = [row for row in on if row[key] <= budgets[budget]] or on[:1]
-    return {name: describe(engine, rows, num_steps, trainings) for name, rows in histories.items()}
+    return {
+        name: describe(engine, rows, num_steps, trainings, () if name == "off" else stopped)
+        for name, rows in histories.items()
+    }
 
 
 def summarise(results: Sequence[dict[str, Row]]) -> dict[str, dict[str, Any]]:
-    """Return differences to ``off`` (see `summarise_differences`) and the means of what racing spared."""
+    """Return differences to ``off`` (see `summarise_differences`), means of what was spared, sums of what was stopped."""
     summary: dict[str, dict[str, Any]] = {}
     for name in (name for name in results[0] if name != "off"):
         summary[name] = {
@@ -196,6 +217,8 @@ def summarise(results: Sequence[dict[str, Row]]) -> dict[str, dict[str, Any]]:
         summary[name]["time_ratio"] = statistics.fmean(
             r[name]["cpu_seconds"] / r["off"]["cpu_seconds"] for r in results
         )
+        for key in ("stopped", "missed"):
+            summary[name][key] = sum(r[name][key] for r in results)
     return summary
 
 
@@ -267,7 +290,7 @@ def main(arguments: Sequence[str]) -> int:
             workload = replace(workload, settings=training)
         engine, settings = workload.build_engine(), cut_down(workload.search, options)
         # compiles the kernels and starts the libraries, which the first search would pay for alone
-        run_search(engine, replace(settings, num_generations=1), options.first_seed)
+        run_search(GPSearch(engine, replace(settings, num_generations=1), options.first_seed))
         seeds = []
         for seed in range(options.first_seed, options.first_seed + options.seeds):
             seeds.append(compare(engine, settings, racing, seed))

@@ -27,6 +27,7 @@ from benchmarks.workloads import WORKLOADS, Workload, make_workload
 from benchmarks.xor import OPERATORS, make_xor_search, make_xor_task
 from evoloss.errors import DataError, ModelError
 from evoloss.expressions import parse_expression
+from evoloss.search.gp_search import GPSearch
 from evoloss.search.individuals import build_primitive_set
 
 CPU = torch.device("cpu")
@@ -263,11 +264,33 @@ def test_racing_is_compared_with_the_same_search_without(
         ]
         assert steps[1] <= steps[0]
         assert seed["equal_steps"]["generation"] >= 4
+        assert seed["off"]["stopped"] == 0
+        assert seed["equal_time"]["missed"] <= seed["equal_time"]["stopped"]
+    assert toy_result["summary"]["equal_generations"]["stopped"] > 0
     printed = capsys.readouterr().out
     assert "| toy | 8 x 4 | 2 + 8 | 0.1 | 2 | equal steps | " in printed
     with pytest.raises(SystemExit):
         racing.main(["--seeds", "1"])
     assert "--seeds is 1; a comparison needs at least 2" in capsys.readouterr().err
+
+
+def test_stopped_losses_are_trained_to_the_end_as_the_search_does() -> None:
+    workload = make_toy_workload("mlp")
+    settings = replace(racing.make_small_search(8), num_generations=2, population_size=8)
+    engine = workload.build_engine(CPU)
+    search = GPSearch(engine, settings, 1)
+    rows = racing.run_search(search)
+    trained = {k: r for k, r in search.archive.records.items() if r.status == "evaluated"}
+    assert racing.train_stopped(engine, search.archive, 8, 1) == []
+    for key, record in trained.items():
+        search.archive.records[key] = replace(record, status="stopped")
+    stopped = racing.train_stopped(engine, search.archive, 8, 1)
+    assert [generation for generation, _ in stopped] == [r.generation for r in trained.values()]
+    expected = [record.fitness for record in trained.values()]
+    np.testing.assert_allclose([fitness for _, fitness in stopped], expected, rtol=1e-5)
+    best = rows[-1]["best_fitness"]
+    found = racing.describe(engine, rows, 8, 1, [(0, best - 1), (2, best), (3, best - 1)])
+    assert (found["stopped"], found["missed"]) == (2, 1)
 
 
 def test_differences_that_are_not_finite_are_left_out() -> None:
