@@ -204,7 +204,7 @@ def compare(
 
 
 def summarise(results: Sequence[dict[str, Row]]) -> dict[str, dict[str, Any]]:
-    """Return differences to ``off`` (see `summarise_differences`), means of what was spared, sums of what was stopped."""
+    """Return differences to ``off`` (see `summarise_differences`), mean savings, sums of who was stopped."""
     summary: dict[str, dict[str, Any]] = {}
     for name in (name for name in results[0] if name != "off"):
         summary[name] = {

@@ -226,6 +226,18 @@ def test_a_stopped_candidate_is_expected_to_go_on_as_others_did(
     assert known.predict_end(4, NUM_STEPS, score) == expected
 
 
+def test_a_prediction_follows_those_with_similar_scores() -> None:
+    """The good ones halve, the bad ones stay as they are; nine of the bad ones are as near as each other."""
+    good, bad = [(0.1 + 0.001 * i) for i in range(20)], [0.9] * 12
+    ends = [0.5 * at for at in good] + bad
+    known = RungScores({}, {4: good + bad, NUM_STEPS: ends})
+    assert known.predict_end(4, NUM_STEPS, 0.8) == 0.8
+    assert known.predict_end(4, NUM_STEPS, 0.13) == pytest.approx(0.065)
+    turned = RungScores({}, {4: (good + bad)[::-1], NUM_STEPS: ends[::-1]})
+    for score in (0.11, 0.3, 0.5, 0.7):
+        assert known.predict_end(4, NUM_STEPS, score) == turned.predict_end(4, NUM_STEPS, score)
+
+
 def test_perfect_scores_predict_nothing() -> None:
     known = RungScores({}, {4: [0.0, 0.0], NUM_STEPS: [0.1, 0.2]})
     assert known.predict_end(4, NUM_STEPS, 0.3) == 0.3

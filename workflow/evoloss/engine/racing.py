@@ -8,9 +8,9 @@ MLSys 2020). Common random numbers make those scores comparable: same initial pa
 Ours: a candidate also goes on if it is no worse at the rung than some of the best `PROTECTED` of those trained to the
 end were there: where good losses start slowly, as on a plateau, early scores tell little and should stop few. The first
 race of a search, which knows no ends yet, stops nobody. And a stopped candidate gets the fitness that its score lets
-expect, from how those trained to the end went on from there: selection then works as it does without racing, while
-the raw score, or a place behind all others, changes which losses have offspring, and the search finds worse ones
-(benchmarks/README.md).
+expect, from how those with scores like it, trained to the end, went on from there: selection then works as it does
+without racing, while the raw score, or a place behind all others, changes which losses have offspring, and the search
+finds worse ones (benchmarks/README.md).
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ FEWEST_SCORES = 3
 PROTECTED = 0.25
 """Share of the candidates trained to the end whose like is not stopped."""
 
+NEIGHBOURS = 9
+"""Candidates trained to the end that a stopped one's fitness is predicted from; 3 to 25 predict about as well."""
+
 
 @dataclass
 class RungScores:
@@ -60,13 +63,19 @@ class RungScores:
         return max(slowest, sorted(scores)[math.ceil(len(scores) / reduction) - 1])
 
     def predict_end(self, rung: int, num_steps: int, score: float) -> float:
-        """Return what a score at a rung lets expect at the end: as those trained to it changed, by their median ratio.
+        """Return what a score at a rung lets expect at the end: as its `NEIGHBOURS` nearest changed, by their median ratio.
 
-        It is worse than the best of them, so that no search keeps a stopped candidate in that one's place.
+        Far away others change otherwise: what has learned nothing yet seldom starts to, while what does well becomes
+        better. It is worse than the best of all ends, so that no search keeps a stopped candidate in that one's place.
         """
         ends = self.finished[num_steps]
-        ratios = [end / at for at, end in zip(self.finished[rung], ends, strict=True) if at > 0]
-        expected = score * statistics.median(ratios) if ratios else score
+        known = [(at, end) for at, end in zip(self.finished[rung], ends, strict=True) if at > 0]
+        expected = score
+        if known:
+            # whoever is as near as the last of them counts too, so the order does not
+            reach = sorted(abs(at - score) for at, _ in known)[:NEIGHBOURS][-1]
+            near = [end / at for at, end in known if abs(at - score) <= reach]
+            expected *= statistics.median(near)
         return max(math.nextafter(min(ends), math.inf), expected)
 
 
