@@ -63,7 +63,7 @@ class RungScores:
         return max(slowest, sorted(scores)[math.ceil(len(scores) / reduction) - 1])
 
     def predict_end(self, rung: int, num_steps: int, score: float) -> float:
-        """Return what a score at a rung lets expect at the end: as its `NEIGHBOURS` nearest changed, by their median ratio.
+        """Return what a score at a rung lets expect at the end: as the `NEIGHBOURS` next to it changed (median ratio).
 
         Far away others change otherwise: what has learned nothing yet seldom starts to, while what does well becomes
         better. It is worse than the best of all ends, so that no search keeps a stopped candidate in that one's place.
