@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from evoloss.checkpoint import Checkpoints
 from evoloss.errors import DataError
@@ -16,11 +18,14 @@ from evoloss.expressions import compile_expression, parse_expression
 from evoloss.losses.loss_file import load, save_loss
 from evoloss.results import write_json
 from evoloss.stages.finetuning import finetune_loss, split_scale
+from evoloss.stages.searching import search_loss
 from evoloss.stages.setup import StageInput
 from evoloss.stages.simplifying import simplify_hall_of_fame
 from evoloss.stages.training import train_model
 from evoloss.stages.tuning import tune_learning_rate
 from evoloss.tasks.datasets import prepare_dataset, save_dataset
+
+ROOT = Path(__file__).parents[2]
 
 FINETUNE = {
     "num_candidates": 2, "meta_steps": 6, "inner_steps": 2, "meta_learning_rate": 0.05,
@@ -64,6 +69,25 @@ def test_tuning_takes_the_best_of_the_grid(stage: StageInput) -> None:
     for point in result["grid"]:
         if point["validation_metric"] is not None:
             assert point["validation_metric"] == pytest.approx(np.mean(point["per_seed"]))
+
+
+@pytest.mark.parametrize(
+    ("rate", "sentence"),
+    [
+        (1e300, r" diverged in training.*; a smaller training.learning_rate, a larger search.popul"),
+        (0.0, r"\d rejected, as predictions .*\); a larger search.population_size or another seed"),
+    ],
+)
+def test_a_failed_search_says_why(stage: StageInput, rate: float, sentence: str) -> None:
+    """At an absurd learning rate all training diverges; where predictions never move, everything is rejected."""
+    search = yaml.safe_load((ROOT / "workflow" / "presets" / "tiny.yaml").read_text())["search"]
+    if rate:
+        stage = replace(stage, training={**stage.training, "learning_rate": rate})
+    else:
+        search["rejection_learning_rate"] = 1e-300
+    found, _ = search_loss(stage, "gp_lfl", search, {}, 0)
+    assert (found["status"], found["entries"]) == ("failed", [])
+    assert re.search(rf"none of the 8 candidates became a loss \(.*{sentence}", found["reason"])
 
 
 def test_a_diverged_tuning_is_told(stage: StageInput, tmp_path: Path) -> None:

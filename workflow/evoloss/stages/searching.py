@@ -153,9 +153,23 @@ def _describe_front(result: SearchResult) -> dict[str, Any]:
     ]
     if entries:
         return {"status": "ok", "reason": None, "entries": entries}
+    return {"status": "failed", "reason": _explain_failure(result), "entries": []}
+
+
+def _explain_failure(result: SearchResult) -> str:
+    """Return what became of the candidates of a search without a loss, and what to change."""
+    fates = {
+        "archive_hits": "known before",
+        "zero_gradient": "without a gradient",
+        "rejected": "rejected, as predictions optimised under them are no better",
+        "gradient_hits": "with the gradient of another",
+        "diverged": "diverged in training",
+    }
+    counts = {fate: sum(row[fate] for row in result.history) for fate in fates}
     total = sum(row["candidates"] for row in result.history)
-    reason = (
-        f"every one of the {total} candidates was rejected, stopped or diverged; "
-        "a larger search.population_size or another seed may find one"
+    told = ", ".join(f"{count} {fates[fate]}" for fate, count in counts.items() if count)
+    smaller_rate = "a smaller training.learning_rate, " if counts["diverged"] else ""
+    return (
+        f"none of the {total} candidates became a loss ({told}); {smaller_rate}a larger search.population_size or "
+        "another seed may find one"
     )
-    return {"status": "failed", "reason": reason, "entries": []}
