@@ -74,7 +74,10 @@ def test_tuning_takes_the_best_of_the_grid(stage: StageInput) -> None:
 @pytest.mark.parametrize(
     ("rate", "sentence"),
     [
-        (1e300, r" diverged in training.*; a smaller training.learning_rate, a larger search.popul"),
+        (
+            1e300,
+            r" diverged in training.*; a smaller training.learning_rate, a larger search.popul",
+        ),
         (0.0, r"\d rejected, as predictions .*\); a larger search.population_size or another seed"),
     ],
 )

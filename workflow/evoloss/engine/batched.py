@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vjp, vmap
+from torch.func import jvp, vjp, vmap
 
 from evoloss.engine.cuda_graphs import StepRunner
+from evoloss.engine.functional import FunctionalModel
 from evoloss.engine.optimizer import OptimizerState, update_parameters
 from evoloss.engine.population_loss import OutputLoss, PopulationLoss, TaskLoss
 from evoloss.engine.settings import TrainingSettings
@@ -91,6 +92,7 @@ class BatchedPath:
         self.model = model
         self.settings = settings
         self._names = [name for name, p in model.named_parameters() if p.requires_grad]
+        self._functional = FunctionalModel(model)
         self._steps = StepRunner()
 
     @classmethod
@@ -113,8 +115,7 @@ class BatchedPath:
 
     def _forward(self, params: Sequence[Tensor], x: Tensor) -> Tensor:
         named = dict(zip(self._names, params, strict=True))
-        outputs: Tensor = functional_call(self.model, named, (x,))
-        return outputs
+        return self._functional(named, x)
 
     def _forward_all(self, params: Sequence[Tensor], x: Tensor) -> Tensor:
         """Return the outputs (P, B, C) of the networks with parameters (P, ...) on the same rows."""

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 from torch.nn.parameter import is_lazy
 
+from evoloss.engine.functional import FunctionalModel
 from evoloss.errors import ModelError
 
 
@@ -76,8 +77,8 @@ def check_model(model: nn.Module, model_name: str, x: Tensor, num_outputs: int) 
     ------
     ModelError
         In one sentence that names the module: it fails on the inputs or changes them, has outputs of another shape or
-        none that are finite, a parameter is lazy or has no influence, it changes a buffer when it is called, it is
-        random, or `torch.func.vmap` cannot handle it.
+        none that are finite, a parameter is lazy, has a hook or no influence, it changes a buffer when it is called, it
+        is random, or `torch.func.vmap` cannot handle it.
     """
     refuse = f"model {model_name!r} cannot be trained here:"
     for name, parameter in model.named_parameters():
@@ -85,6 +86,10 @@ def check_model(model: nn.Module, model_name: str, x: Tensor, num_outputs: int) 
             raise ModelError(
                 f"{refuse} its parameter {name!r} has no shape before the first call, so no seed could fill it; use a "
                 "layer that is given its number of inputs, not a lazy one"
+            )
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            raise ModelError(
+                f"{refuse} its parameter {name!r} has a gradient hook, which training here would not call; take it off"
             )
     with torch.random.fork_rng(devices=[]):
         with _explain(f"{refuse} it cannot be copied"):
@@ -121,7 +126,8 @@ def check_model(model: nn.Module, model_name: str, x: Tensor, num_outputs: int) 
             "values, or changes in place?), in",
             trial,
         ):
-            vmap(lambda params: functional_call(trial.model, params, (x,)))(stacked)
+            functional = FunctionalModel(trial.model)
+            vmap(lambda params: functional(params, x))(stacked)
 
 
 def check_second_derivative(model: nn.Module, model_name: str, x: Tensor) -> None:

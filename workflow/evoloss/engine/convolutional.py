@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from evoloss.engine.convolution_layers import Array, UnsupportedLayerError
 from evoloss.engine.convolution_network import Network, list_modules
+from evoloss.engine.functional import find_addition
 from evoloss.engine.general import GeneralPath, GeneralState
 from evoloss.engine.optimizer import update_parameters
 from evoloss.engine.population_loss import OutputLoss, PopulationLoss, TaskLoss
@@ -83,6 +84,8 @@ class ConvolutionalPath:
             return "no convolution"
         if task.train.x.device.type != "cpu":
             return "not on a CPU"
+        if addition := find_addition(model):
+            return addition
         try:
             Network(model, task.input_shape, 1, find_dtype(settings))
         except UnsupportedLayerError as error:

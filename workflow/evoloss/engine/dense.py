@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from evoloss.engine.dense_layers import activate, activate_backward, affine, read_layers
 from evoloss.engine.dense_linearised import linearise_dense
 from evoloss.engine.dense_meta import DenseContext, dense_meta_gradients, prepare_dense
+from evoloss.engine.functional import find_addition
 from evoloss.engine.linearised import LinearisedContext, linearised_meta_gradients
 from evoloss.engine.optimizer import OptimizerState, update_parameters
 from evoloss.engine.population_loss import OutputLoss, PopulationLoss
@@ -117,7 +118,7 @@ class DensePath:
         entries = settings.batch_size * task.num_outputs * width
         if entries * torch.finfo(settings.dtype).bits // 8 > MAX_JACOBIAN_BYTES:
             return f"{task.num_outputs} outputs: a batch's Jacobian takes over {MAX_JACOBIAN_BYTES >> 20} MiB"
-        return None
+        return find_addition(model)
 
     def start(self, models: Sequence[nn.Module]) -> list[Stack]:
         """See `evoloss.engine.path.Path`."""

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from evoloss.engine.functional import find_addition
 from evoloss.engine.linear_kernel import (
     LinearArrays,
     linear_meta_gradients,
@@ -96,7 +97,7 @@ def find_linear_layer(model: nn.Module) -> nn.Linear | None:
     """Return the model's one `nn.Linear` if the model is that layer on flattened inputs and nothing else."""
     leaves = [m for m in model.modules() if not any(True for _ in m.children())]
     layers = [m for m in leaves if not isinstance(m, nn.Flatten)]
-    if len(layers) != 1 or not isinstance(layers[0], nn.Linear) or layers[0].bias is None:
+    if len(layers) != 1 or type(layers[0]) is not nn.Linear or layers[0].bias is None:
         return None
     containers = [m for m in model.modules() if m not in leaves]
     plain = all(type(m) is nn.Sequential for m in containers)
@@ -141,7 +142,9 @@ class LinearPath:
     @classmethod
     def find_obstacle(cls, task: Task, model: nn.Module, settings: TrainingSettings) -> str | None:
         """See `evoloss.engine.path.Path`."""
-        return None if find_linear_layer(model) is not None else "more than one linear layer"
+        if find_linear_layer(model) is None:
+            return "it is no single linear layer"
+        return find_addition(model)
 
     @staticmethod
     def _layer(model: nn.Module) -> tuple[Tensor, Tensor]:

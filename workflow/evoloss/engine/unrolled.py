@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from evoloss.engine.functional import FunctionalModel
 from evoloss.engine.population_loss import PopulationLoss
 from evoloss.engine.settings import TrainingSettings
 from evoloss.engine.streams import Batch
@@ -43,8 +43,9 @@ def unroll(
     """Return the parameters after one differentiable SGD step per batch, starting from ``model``'s own."""
     params: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
     buffers: dict[str, Tensor] = {}
+    functional = FunctionalModel(model)
     for batch in batches:
-        outputs = functional_call(model, params, (batch.x,))
+        outputs = functional(params, batch.x)
         loss = compute_learned_loss(task, program, weights, outputs, batch.targets)
         gradients = torch.autograd.grad(
             loss,
@@ -89,6 +90,7 @@ def unrolled_meta_gradients(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return outer losses (P,) after the inner steps and their gradients by all weights (instructions,)."""
     model, outer = context.model, context.outer
+    functional = FunctionalModel(model)
     values, gradients = [], []
     # cuDNN's recurrent layers have no second derivative, should a model of the user's own have one
     with torch.backends.cudnn.flags(enabled=False):
@@ -97,7 +99,7 @@ def unrolled_meta_gradients(
                 own, dtype=settings.dtype, device=outer.x.device, requires_grad=True
             )
             params = unroll(task, model, program, weights, settings, context.inner)
-            value = task.compute_task_loss(functional_call(model, params, (outer.x,)), outer.y)
+            value = task.compute_task_loss(functional(params, outer.x), outer.y)
             (gradient,) = torch.autograd.grad(
                 value, weights, allow_unused=True, materialize_grads=True
             )
