@@ -111,6 +111,15 @@ def test_refused_with_a_sentence(
     assert "\n" not in str(caught.value)
 
 
+def test_bfloat16_has_no_linearised_form(config: dict[str, Any]) -> None:
+    config["tasks"] = {"diabetes": config["tasks"]["diabetes"]}
+    config["local_search"]["linearised"], config["training"]["precision"] = True, "tf32"
+    settings.validate_config(config, SCHEMA, "my.yaml")
+    config["training"]["precision"] = "bf16"
+    with pytest.raises(ConfigError, match=r"linearised: true needs training\.precision: float32, fl"):
+        settings.validate_config(config, SCHEMA, "my.yaml")
+
+
 def test_every_key_is_required(config: dict[str, Any]) -> None:
     for section in config:
         incomplete = {key: value for key, value in config.items() if key != section}

@@ -189,3 +189,19 @@ def test_paper_sizes() -> None:
 def test_misfits_are_refused(model_name: str, suits: str, words: str) -> None:
     with pytest.raises(ModelError, match=words):
         build_model(model_name, make_task(suits), 0)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda task: nn.Linear(task.inputs, 3), "AttributeError: .*'inputs'"),
+        (lambda task: None, "its builder returns no torch.nn.Module, but NoneType"),
+        (lambda task: nn.Linear, "its builder returns no torch.nn.Module, but type"),
+    ],
+)
+def test_a_builder_that_fails_is_told(
+    make: Callable[[Task], nn.Module], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MODELS, "mine", make)
+    with pytest.raises(ModelError, match=f"task 'toy': model 'mine' cannot be built: {words}"):
+        build_model("mine", make_task("mlp"), 0)

@@ -97,7 +97,7 @@ def test_a_diverged_tuning_is_told(stage: StageInput, tmp_path: Path) -> None:
     result = tune_learning_rate(stage, TUNE | {"minimum": 1e6, "maximum": 1e9}, 200)
     assert result["best_learning_rate"] is None
     write_json(tmp_path / "tuned.json", result)
-    with pytest.raises(DataError, match="diverged at every one"):
+    with pytest.raises(DataError, match="diverged at every one tried; lower tune_l"):
         _ = replace(stage, tuned_path=str(tmp_path / "tuned.json")).settings
 
 

@@ -262,6 +262,10 @@ def _check_settings(settings: Mapping[str, Mapping[str, Any]], where: str) -> No
         raise ConfigError(
             f"{prefix} local_search.linearised: true needs local_search.inner_steps: 1"
         )
+    if settings["local_search"]["linearised"] and training["precision"] == "bf16":
+        raise ConfigError(
+            f"{prefix} local_search.linearised: true needs training.precision: float32, float64 or tf32, not bf16"
+        )
     if training["nesterov"] and training["momentum"] == 0:
         raise ConfigError(
             f"{prefix} training.nesterov: true needs training.momentum greater than 0"

@@ -114,5 +114,8 @@ def read_tuned_rate(path: str | Path) -> float:
     """Return the best learning rate of a tune_learning_rate result; raises `DataError` if it holds none."""
     rate = read_json(path).get("best_learning_rate")
     if not isinstance(rate, float | int):
-        raise DataError(f"{path} holds no best_learning_rate: training diverged at every one tried")
+        raise DataError(
+            f"{path} holds no best_learning_rate: training diverged at every one tried; lower "
+            "tune_learning_rate.minimum"
+        )
     return float(rate)

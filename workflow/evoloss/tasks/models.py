@@ -171,7 +171,7 @@ def build_model(model_name: str, task: Task, seed: int, **options: Any) -> nn.Mo
     Raises
     ------
     ModelError
-        If the model is unknown or does not suit the task's inputs.
+        If the model is unknown, does not suit the task's inputs, or its builder fails.
     """
     make = MODELS.get(model_name)
     if make is None:
@@ -181,7 +181,21 @@ def build_model(model_name: str, task: Task, seed: int, **options: Any) -> nn.Mo
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would also seed the GPUs, which fork_rng is told to leave alone.
         torch.default_generator.manual_seed(seed)
-        return make(task, **options)
+        try:
+            model = make(task, **options)
+        except ModelError:
+            raise
+        except Exception as error:  # whatever a builder of the user's own raises
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ModelError(
+                f"task {task.name!r}: model {model_name!r} cannot be built: {type(error).__name__}: {reason}"
+            ) from error
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"task {task.name!r}: model {model_name!r} cannot be built: its builder returns no torch.nn.Module, but "
+            f"{type(model).__name__}"
+        )
+    return model
 
 
 def _require_numbers(model_name: str, task: Task) -> None:
