@@ -33,6 +33,20 @@ XOR_SEARCH = "xor-search"
 MEMORY_STEPS = 5
 
 
+def at_least_one(text: str) -> int:
+    """Return an option's integer; argparse tells the name where it is refused."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return value
+
+
+def a_fraction(text: str) -> float:
+    """Return an option's number above 0 and at most 1."""
+    if not 0 < (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return value
+
+
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
@@ -43,26 +57,32 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--search", nargs="+", choices=["softmax", "lenet5", "mlp"], default=[],
                         metavar="NAME", help="run a whole search under the paper's settings")  # fmt: skip
-    parser.add_argument("--racing", type=int, default=1,
+    parser.add_argument("--racing", type=at_least_one, default=1,
                         help="reduction of --search's races (default: 1, no racing)")  # fmt: skip
     parser.add_argument("--scaling", action="store_true", help="cost and memory, with a figure")
     parser.add_argument("--accuracy", action="store_true", help="float32 against float64")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    parser.add_argument("--threads", type=at_least_one, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or auto (default: cpu)")
-    parser.add_argument("--repeats", type=int, default=5, help="alternating repeats (default: 5)")
-    parser.add_argument("--population", type=int, help="candidates (default: the workload's own)")
-    parser.add_argument("--oracle-candidates", type=int, default=2,
+    parser.add_argument(
+        "--repeats", type=at_least_one, default=5, help="alternating repeats (default: 5)"
+    )
+    parser.add_argument(
+        "--population", type=at_least_one, help="candidates (default: the workload's own)"
+    )
+    parser.add_argument("--oracle-candidates", type=at_least_one, default=2,
                         help="candidates that the oracle runs too (default: 2)")  # fmt: skip
     amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--steps-fraction", type=float, default=0.1,
+    amount.add_argument("--steps-fraction", type=a_fraction, default=0.1,
                         help="part of the steps that a repeat runs (default: 0.1)")  # fmt: skip
     amount.add_argument("--full", action="store_const", const=1.0, dest="steps_fraction",
                         help="all steps: slow")  # fmt: skip
     amount.add_argument("--quick", action="store_true",
                         help="few steps, candidates and repeats: does it run? (numbers mean little)")  # fmt: skip
-    parser.add_argument("--trees", type=int, default=100, help="regular trees of --accuracy")
     parser.add_argument(
-        "--phi-trees", type=int, default=5, help="of them through a whole local search"
+        "--trees", type=at_least_one, default=100, help="regular trees of --accuracy"
+    )
+    parser.add_argument(
+        "--phi-trees", type=at_least_one, default=5, help="of them through a whole local search"
     )
     parser.add_argument("--json", type=Path, help="add the results to this file")
     parser.add_argument("--update-readme", action="store_true",

@@ -312,5 +312,9 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         report.update_readme(tmp_path / "README.md", {})
     with pytest.raises(SystemExit):
         main(["--update-readme"])
+    for option, value in (("--threads", "0"), ("--steps-fraction", "2"), ("--steps-fraction", "0")):
+        with pytest.raises(SystemExit):
+            main([option, value])
+        assert f"argument {option}: {value} is " in capsys.readouterr().err
     assert main(["--device", "tpu"]) == 1
     assert "error: device is 'tpu'" in capsys.readouterr().err

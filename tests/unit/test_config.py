@@ -116,7 +116,9 @@ def test_bfloat16_has_no_linearised_form(config: dict[str, Any]) -> None:
     config["local_search"]["linearised"], config["training"]["precision"] = True, "tf32"
     settings.validate_config(config, SCHEMA, "my.yaml")
     config["training"]["precision"] = "bf16"
-    with pytest.raises(ConfigError, match=r"linearised: true needs training\.precision: float32, fl"):
+    with pytest.raises(
+        ConfigError, match=r"linearised: true needs training\.precision: float32, fl"
+    ):
         settings.validate_config(config, SCHEMA, "my.yaml")
 
 
