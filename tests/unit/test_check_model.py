@@ -49,6 +49,32 @@ class Counting(nn.Module):
         return x
 
 
+class Remembering(nn.Module):
+    """Attributes that calls change: a number, a list, a tensor."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.number, self.mean, self.what = 0, torch.zeros(()), what
+        self.seen: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.what == "number":
+            self.number += 1
+        elif self.what == "seen":
+            self.seen.append(len(x))
+        else:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean()
+        return x
+
+
+class Caching(nn.Module):
+    """It keeps its last output, which no other one depends on."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = x
+        return x
+
+
 class Noisy(nn.Module):
     """A random layer that torch does not know as one."""
 
@@ -147,6 +173,9 @@ def wrap(*layers: nn.Module) -> Callable[[], nn.Module]:
     [
         (wrap(nn.BatchNorm1d(4)), "module '1' (BatchNorm1d) changes its buffer"),
         (wrap(nn.Tanh(), Counting()), "module '2' (Counting) changes its buffer 'calls'"),
+        (wrap(Remembering("number")), "module '1' (Remembering) changes its attribute 'number'"),
+        (wrap(Remembering("seen")), "module '1' (Remembering) changes its attribute 'seen'"),
+        (wrap(Remembering("mean")), "module '1' (Remembering) changes its attribute 'mean'"),
         (wrap(nn.Dropout(0.5)), "module '1' (Dropout) is random"),
         (wrap(nn.Sequential(nn.Tanh(), Noisy())), "module '1.1' (Noisy) is random"),
         (wrap(Branching()), "at once (control flow that depends on computed values, or changes"),
@@ -195,6 +224,7 @@ def test_our_own_models_pass(name: str, precision: str) -> None:
         nn.Dropout(0.0),
         nn.ReLU(inplace=True),
         Centring(),
+        Caching(),
         nn.Linear(4, 4).requires_grad_(False),
     ],
     ids=lambda layer: type(layer).__name__,

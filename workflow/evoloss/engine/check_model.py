@@ -44,6 +44,21 @@ class _Trial:
         if isinstance(output, Tensor):
             self.outputs[name] = output
 
+    def read_state(self) -> dict[tuple[str, str], object]:
+        """Return what the modules remember beside parameters and caches, by their names and those of the attributes."""
+        state: dict[tuple[str, str], object] = {}
+        for path, module in self.model.named_modules():
+            for name, value in {**vars(module), **module._buffers}.items():
+                if isinstance(value, Tensor):
+                    # bytes, because NaN differs from itself
+                    flat = value.detach().cpu().reshape(-1)
+                    state[path, name] = flat.view(torch.uint8).numpy().tobytes()
+                elif isinstance(value, bool | int | float | str):
+                    state[path, name] = repr(value)
+                elif isinstance(value, list | dict | set):
+                    state[path, name] = len(value)
+        return state
+
     def run(self, x: Tensor) -> dict[str, Tensor]:
         """Return all modules' outputs, innermost first; ``overwriting`` names the one that changed the inputs."""
         self.outputs, self._input = {}, x.clone()
@@ -77,8 +92,8 @@ def check_model(model: nn.Module, model_name: str, x: Tensor, num_outputs: int) 
     ------
     ModelError
         In one sentence that names the module: it fails on the inputs or changes them, has outputs of another shape or
-        none that are finite, a parameter is lazy, has a hook or no influence, it changes a buffer when it is called, it
-        is random, or `torch.func.vmap` cannot handle it.
+        none that are finite, a parameter is lazy, has a hook or no influence, it changes a buffer or attribute when it
+        is called, it is random, or `torch.func.vmap` cannot handle it.
     """
     refuse = f"model {model_name!r} cannot be trained here:"
     for name, parameter in model.named_parameters():
@@ -94,7 +109,7 @@ def check_model(model: nn.Module, model_name: str, x: Tensor, num_outputs: int) 
     with torch.random.fork_rng(devices=[]):
         with _explain(f"{refuse} it cannot be copied"):
             trial = _Trial(model)
-        before = {name: buffer.clone() for name, buffer in trial.model.named_buffers()}
+        before = trial.read_state()
         with _explain(f"{refuse} it fails on two rows of the training data, in", trial):
             first, second = trial.run(x), trial.run(x)
         if trial.overwriting is not None:
@@ -102,11 +117,17 @@ def check_model(model: nn.Module, model_name: str, x: Tensor, num_outputs: int) 
                 f"{refuse} {trial.describe(trial.overwriting)} changes the model's inputs in place, which are the data "
                 "themselves; let it compute with a copy"
             )
-        for name, buffer in trial.model.named_buffers():
-            if not torch.equal(buffer, before[name]):
-                owner, _, own_name = name.rpartition(".")
+        after = trial.read_state()
+        # a tensor that was not there before is a cache, which no output depends on
+        for path, name in before:
+            if after.get((path, name)) != before[path, name]:
+                kind = (
+                    "buffer"
+                    if name in dict(trial.model.get_submodule(path)._buffers)
+                    else "attribute"
+                )
                 raise ModelError(
-                    f"{refuse} {trial.describe(owner)} changes its buffer {own_name!r} when it is called, which the "
+                    f"{refuse} {trial.describe(path)} changes its {kind} {name!r} when it is called, which the "
                     "networks of a population would share; use a layer without such state, e.g. GroupNorm"
                 )
         for name, output in first.items():
