@@ -121,11 +121,8 @@ def check_model(model: nn.Module, model_name: str, x: Tensor, num_outputs: int) 
         # a tensor that was not there before is a cache, which no output depends on
         for path, name in before:
             if after.get((path, name)) != before[path, name]:
-                kind = (
-                    "buffer"
-                    if name in dict(trial.model.get_submodule(path)._buffers)
-                    else "attribute"
-                )
+                buffers = trial.model.get_submodule(path)._buffers
+                kind = "buffer" if name in buffers else "attribute"
                 raise ModelError(
                     f"{refuse} {trial.describe(path)} changes its {kind} {name!r} when it is called, which the "
                     "networks of a population would share; use a layer without such state, e.g. GroupNorm"
