@@ -152,7 +152,7 @@ def describe(
 ) -> Row:
     """Return fitness and test error of the best loss after the last of ``rows``, and what it took to find.
 
-    ``stopped`` is `train_stopped`'s: ``missed`` counts those that are better than the best loss of their time.
+    ``stopped`` is `train_stopped`'s: ``missed`` counts those that are better than the best loss found by then.
     """
     best = rows[-1]
     by_then = [fitness for generation, fitness in stopped if generation <= best["generation"]]

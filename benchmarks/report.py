@@ -170,7 +170,7 @@ def format_racing(results: Mapping[str, Any]) -> str:
     header = [
         "search", "candidates x generations", "meta-steps + training steps", "learning rate", "seeds", "compared at",
         "best fitness, difference", "test error, difference", "training steps spared", "processor time, ratio",
-        "stopped, of these better than the best",
+        "stopped, of these better than the search's best",
     ]  # fmt: skip
     return make_table(header, rows)
 

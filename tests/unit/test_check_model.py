@@ -117,6 +117,14 @@ class Attention(nn.Module):
         return outputs
 
 
+class Sneaking(nn.Module):
+    """It overwrites what it is given, behind torch's back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.data.sub_(1)
+        return x
+
+
 class Unused(nn.Module):
     """A parameter that nothing depends on."""
 
@@ -183,6 +191,10 @@ def wrap(*layers: nn.Module) -> Callable[[], nn.Module]:
         (
             lambda: nn.Sequential(nn.Identity(), Centring(), nn.Linear(6, 3)),
             "module '1' (Centring) changes the model's inputs in place",
+        ),
+        (
+            lambda: nn.Sequential(Sneaking(), nn.Linear(6, 3)),
+            "its Sequential changes the model's inputs in place",
         ),
         (Overwriting, "its Overwriting changes the model's inputs in place"),
         (wrap(nn.LazyLinear(4)), "its parameter '1.weight' has no shape before the first call"),
@@ -260,12 +272,16 @@ def test_a_model_without_second_derivative_has_no_local_search(
         engine.local_search(programs, LocalSearchSettings(2, 1, 0.01), 0)
 
 
+@pytest.mark.parametrize("evaluating", [False, True])
 @pytest.mark.parametrize("inner_steps", [1, 2])
 def test_attention_can_be_searched_for(
-    inner_steps: int, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+    inner_steps: int,
+    evaluating: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    recwarn: pytest.WarningsRecorder,
 ) -> None:
     """Its fused kernels have no second derivative, so the engine does not use them."""
-    monkeypatch.setitem(models.MODELS, "mine", lambda task: Attention())
+    monkeypatch.setitem(models.MODELS, "mine", lambda task: Attention().train(not evaluating))
     settings = TrainingSettings(16, 0.1, precision="float64")
     engine = Engine(make_toy_task(), "mine", settings, torch.device("cpu"))
     program = compile_weighted_tree(parse_expression("square(sub(y, f(x)))"))

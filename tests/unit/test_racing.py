@@ -244,7 +244,7 @@ def test_perfect_scores_predict_nothing() -> None:
 
 
 def test_a_race_predicts_whom_it_stops() -> None:
-    """And the better of two that stop at one rung stays the better."""
+    """And where all changed alike, the better of two that stop at one rung stays the better."""
     engine = make_engine()
     equal, halved = know_ends(at_rung=1e-3, end=1e-3), know_ends(at_rung=1e-3, end=5e-4)
     for known in (equal, halved):

@@ -76,7 +76,7 @@ def test_tuning_takes_the_best_of_the_grid(stage: StageInput) -> None:
     [
         (
             1e300,
-            r" diverged in training.*; a smaller training.learning_rate, a larger search.popul",
+            r" diverged in training.*; a smaller training.learning_rate \(base\) or tune_learning_rate",
         ),
         (0.0, r"\d rejected, as predictions .*\); a larger search.population_size or another seed"),
     ],

@@ -49,7 +49,7 @@ class _Trial:
         state: dict[tuple[str, str], object] = {}
         for path, module in self.model.named_modules():
             for name, value in {**vars(module), **module._buffers}.items():
-                if isinstance(value, Tensor):
+                if isinstance(value, Tensor) and value.layout is torch.strided:
                     # bytes, because NaN differs from itself
                     flat = value.detach().cpu().reshape(-1)
                     state[path, name] = flat.view(torch.uint8).numpy().tobytes()
@@ -63,6 +63,8 @@ class _Trial:
         """Return all modules' outputs, innermost first; ``overwriting`` names the one that changed the inputs."""
         self.outputs, self._input = {}, x.clone()
         self.model(self._input)
+        if self.overwriting is None and not torch.equal(self._input, x):
+            self.overwriting = ""  # by way of .data, which torch does not count
         return self.outputs
 
     def describe(self, name: str) -> str:
@@ -92,7 +94,7 @@ def check_model(model: nn.Module, model_name: str, x: Tensor, num_outputs: int) 
     ------
     ModelError
         In one sentence that names the module: it fails on the inputs or changes them, has outputs of another shape or
-        none that are finite, a parameter is lazy, has a hook or no influence, it changes a buffer or attribute when it
+        that are not finite, a parameter is lazy, has a hook or no influence, it changes a buffer or attribute when it
         is called, it is random, or `torch.func.vmap` cannot handle it.
     """
     refuse = f"model {model_name!r} cannot be trained here:"
@@ -118,7 +120,7 @@ def check_model(model: nn.Module, model_name: str, x: Tensor, num_outputs: int) 
                 "themselves; let it compute with a copy"
             )
         after = trial.read_state()
-        # a tensor that was not there before is a cache, which no output depends on
+        # a tensor that was not there before is taken for a cache, which no output depends on
         for path, name in before:
             if after.get((path, name)) != before[path, name]:
                 buffers = trial.model.get_submodule(path)._buffers

@@ -1,6 +1,6 @@
 """Arithmetic of a base model: bfloat16 layers, TF32 products on a GPU, and which of torch's kernels compute it.
 
-Parameters and losses stay float32 under both.
+Parameters and losses stay float32 under bf16 and tf32.
 """
 
 from __future__ import annotations
@@ -35,14 +35,17 @@ def set_torch_kernels(precision: str, device: torch.device) -> Iterator[None]:
     torch's own choice, have neither. A GPU's float32 products and convolutions round their factors to TF32, or not: by
     itself torch lets convolutions, but not products, do so, whatever precision was asked for.
     """
-    with sdpa_kernel(SDPBackend.MATH):
-        if device.type != "cuda":
-            yield
-            return
-        products, layers = torch.backends.cuda.matmul, torch.backends.cudnn
-        before = products.allow_tf32, layers.allow_tf32
-        try:
+    products, layers = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = (products.allow_tf32, layers.allow_tf32) if device.type == "cuda" else None
+    fused = torch.backends.mha.get_fastpath_enabled()
+    try:
+        # of encoder layers in evaluation mode
+        torch.backends.mha.set_fastpath_enabled(False)
+        if before is not None:
             products.allow_tf32 = layers.allow_tf32 = precision == "tf32"
+        with sdpa_kernel(SDPBackend.MATH):
             yield
-        finally:
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        if before is not None:
             products.allow_tf32, layers.allow_tf32 = before

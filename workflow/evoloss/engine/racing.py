@@ -39,7 +39,7 @@ PROTECTED = 0.25
 """Share of the candidates trained to the end whose like is not stopped."""
 
 NEIGHBOURS = 9
-"""Candidates trained to the end that a stopped one's fitness is predicted from; 3 to 25 predict about as well."""
+"""Candidates trained to the end that a stopped one's fitness is predicted from (benchmarks/README.md)."""
 
 
 @dataclass

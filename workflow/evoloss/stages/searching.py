@@ -159,16 +159,17 @@ def _describe_front(result: SearchResult) -> dict[str, Any]:
 def _explain_failure(result: SearchResult) -> str:
     """Return what became of the candidates of a search without a loss, and what to change."""
     fates = {
-        "archive_hits": "known before",
+        "archive_hits": "repeated",
         "zero_gradient": "without a gradient",
-        "rejected": "rejected, as predictions optimised under them are no better",
-        "gradient_hits": "with the gradient of another",
+        "rejected": "rejected, as predictions optimised under them are no better than at the start",
         "diverged": "diverged in training",
     }
     counts = {fate: sum(row[fate] for row in result.history) for fate in fates}
     total = sum(row["candidates"] for row in result.history)
     told = ", ".join(f"{count} {fates[fate]}" for fate, count in counts.items() if count)
-    smaller_rate = "a smaller training.learning_rate, " if counts["diverged"] else ""
+    # search.learning_rate says which of the two counts
+    rates = "training.learning_rate (base) or tune_learning_rate.maximum (tuned)"
+    smaller_rate = f"a smaller {rates}, " if counts["diverged"] else ""
     return (
         f"none of the {total} candidates became a loss ({told}); {smaller_rate}a larger search.population_size or "
         "another seed may find one"
