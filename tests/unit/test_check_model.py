@@ -245,6 +245,13 @@ def test_other_layers_pass(layer: nn.Module) -> None:
     check_model(wrap(layer)(), "mine", torch.randn(2, 6), 3)
 
 
+def test_a_gradient_hook_is_refused() -> None:
+    model = nn.Linear(6, 3)
+    model.weight.register_hook(lambda gradient: 10 * gradient)
+    with pytest.raises(ModelError, match="its parameter 'weight' has a gradient hook"):
+        check_model(model, "mine", torch.randn(2, 6), 3)
+
+
 def test_the_trial_leaves_no_trace() -> None:
     model = wrap(nn.BatchNorm1d(4))()
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
