@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -92,3 +97,37 @@ def test_what_is_not_finite_stays_in_its_row() -> None:
     assert np.isnan(found[0]).all()
     assert (found[1] == 3.0).all()
     assert np.isinf(found[2]).all()
+
+
+COMPARE = """
+import numpy as np
+from evoloss.engine.row_products import multiply_rows, scatter_rows
+
+generator = np.random.default_rng(0)
+weights, source = generator.normal(size=(13, 3)), generator.normal(size=50)
+start, taps, keep = np.zeros(1, np.int64), np.array([0, 5, 9]), np.empty(0)
+expected = sum(weights[:, t, None] * source[tap : tap + 20] for t, tap in enumerate(taps))
+
+def multiply():
+    found = np.zeros(13 * 20)
+    multiply_rows(weights, source, start, taps, found, start, 20, 13, 20, keep)
+    np.testing.assert_allclose(found.reshape(13, 20), expected)
+
+def scatter():
+    found = np.zeros(13 * 20)
+    scatter_rows(weights[None], source, start, taps, found, start, start, 20, 13, 20, keep)
+    np.testing.assert_allclose(found.reshape(13, 20), expected)
+
+"""
+
+
+def test_code_that_several_processes_compiled_goes_together(tmp_path: Path) -> None:
+    """As jobs that run at once do: each finds in the cache what another one was first to compile."""
+    environment = {
+        **os.environ,
+        "NUMBA_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "PYTHONHASHSEED": "0",  # part of the names in compiled code
+    }
+    for calls in ("multiply()", "scatter()", "multiply(), scatter()"):
+        subprocess.run([sys.executable, "-c", COMPARE + calls], env=environment, check=True)
