@@ -75,6 +75,43 @@ class Caching(nn.Module):
         return x
 
 
+class Starting(nn.Module):
+    """It starts from the statistics of the first inputs, kept in an attribute or in a tuple or dict that it had."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+        self.mean: Tensor | None = None
+        self.pair: tuple[Tensor | None, int] = (None, 0)
+        self.known: dict[str, Tensor | None] = {"mean": None}
+
+    def forward(self, x: Tensor) -> Tensor:
+        means = {"mean": self.mean, "pair": self.pair[0], "known": self.known["mean"]}
+        mean = means[self.where]
+        if mean is None:
+            mean = x.detach().mean(0)
+            if self.where == "mean":
+                self.mean = mean
+            elif self.where == "pair":
+                self.pair = (mean, 1)
+            else:
+                self.known["mean"] = mean
+        return x - mean
+
+
+class CachingByShape(nn.Module):
+    """It keeps what depends on the shape of the inputs alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[int, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) not in self.kept:
+            self.kept[len(x)] = torch.arange(x.shape[1]) / 10
+        return x + self.kept[len(x)]
+
+
 class Noisy(nn.Module):
     """A random layer that torch does not know as one."""
 
@@ -180,10 +217,15 @@ def wrap(*layers: nn.Module) -> Callable[[], nn.Module]:
     ("build", "sentence"),
     [
         (wrap(nn.BatchNorm1d(4)), "module '1' (BatchNorm1d) changes its buffer"),
+        (wrap(nn.BatchNorm1d(4)), "use a layer without such state, e.g. GroupNorm"),
         (wrap(nn.Tanh(), Counting()), "module '2' (Counting) changes its buffer 'calls'"),
         (wrap(Remembering("number")), "module '1' (Remembering) changes its attribute 'number'"),
         (wrap(Remembering("seen")), "module '1' (Remembering) changes its attribute 'seen'"),
         (wrap(Remembering("mean")), "module '1' (Remembering) changes its attribute 'mean'"),
+        *(
+            (wrap(Starting(where)), "module '1' (Starting) remembers earlier inputs: its outputs")
+            for where in ("mean", "pair", "known")
+        ),
         (wrap(nn.Dropout(0.5)), "module '1' (Dropout) is random"),
         (wrap(nn.Sequential(nn.Tanh(), Noisy())), "module '1.1' (Noisy) is random"),
         (wrap(Branching()), "at once (control flow that depends on computed values, or changes"),
@@ -198,6 +240,10 @@ def wrap(*layers: nn.Module) -> Callable[[], nn.Module]:
         ),
         (Overwriting, "its Overwriting changes the model's inputs in place"),
         (wrap(nn.LazyLinear(4)), "its parameter '1.weight' has no shape before the first call"),
+        (
+            wrap(nn.LazyBatchNorm1d(affine=False)),
+            "its buffer '1.running_mean' has no shape before the first call",
+        ),
         (
             lambda: nn.Sequential(nn.Linear(6, 3), nn.Threshold(1e9, float("nan"))),
             "its outputs for 2 rows of the training data are not finite before any training",
@@ -237,6 +283,7 @@ def test_our_own_models_pass(name: str, precision: str) -> None:
         nn.ReLU(inplace=True),
         Centring(),
         Caching(),
+        CachingByShape(),
         nn.Linear(4, 4).requires_grad_(False),
     ],
     ids=lambda layer: type(layer).__name__,

@@ -18,7 +18,7 @@ from evoloss.engine.batched import BatchedPath, count_activations
 from evoloss.engine.cuda_graphs import StepRunner
 from evoloss.engine.general import GeneralPath
 from evoloss.engine.path import Path
-from evoloss.tasks import Split, Task
+from evoloss.tasks import Split, Task, models
 
 MODELS = ("linear", "mlp", "lenet5", "char_cnn", "gru")
 ADAM = TrainingSettings(16, 0.01, precision="float64", optimizer="adam", weight_decay=1e-3)
@@ -81,6 +81,23 @@ def test_local_search_equals_general_path() -> None:
         found = engine.local_search(programs, LocalSearchSettings(6, 1, 0.01), 2)
         tuned.append(np.concatenate([program.weights for program in found]))
     np.testing.assert_allclose(tuned[0], tuned[1], rtol=1e-9)
+
+
+def test_what_cannot_be_differentiated_in_bf16_is_not_batched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Training alone would pass; a meta-step would end the job."""
+    layers = (nn.Linear(6, 4), nn.LayerNorm(4), nn.Linear(4, 3))
+    monkeypatch.setitem(models.MODELS, "mine", lambda task: nn.Sequential(*layers))
+    failures = {}
+    for precision in ("float32", "bf16"):
+        engine = Engine(
+            make_toy_task(), "mine", TrainingSettings(16, 0.1, precision=precision), CPU
+        )
+        path = BatchedPath(engine.task, engine.build_model(0), engine.settings)
+        failures[precision] = path.find_failure(engine.task.train.x[:2])
+    assert failures["float32"] is None
+    assert "torch.func cannot batch it: " in str(failures["bf16"])
 
 
 def test_float32_is_accurate() -> None:

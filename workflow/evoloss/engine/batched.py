@@ -7,7 +7,7 @@ state stays in the cache and batching candidates is slower (measured).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,11 +106,17 @@ class BatchedPath:
         activations = count_activations(model, task.train.x, settings.batch_size)
         if activations > MAX_ACTIVATIONS:
             return f"with {activations:,} activations one network fills the device"
-        path = cls(task, model, settings)
+        return cls(task, model, settings).find_failure(task.train.x[:2])
+
+    def find_failure(self, x: Tensor) -> str | None:
+        """Return why training and meta-gradients fail for two networks on the rows ``x``, None if they do not."""
         try:
-            path.outputs(path.start([model, model]), task.train.x[:2])
+            outputs = self.outputs(self.start([self.model] * 2), x)
+            # what some layers lack in bfloat16, e.g. nn.LayerNorm's derivative along a direction (torch 2.13)
+            _, pull_back, push_forward = self._linearise(self._parameters_of(self.model), x)
+            vmap(push_forward)(*vmap(pull_back)(torch.zeros_like(outputs)))
         except (RuntimeError, ValueError, NotImplementedError) as error:
-            return f"torch.func.vmap cannot batch it: {str(error).splitlines()[0]}"
+            return f"torch.func cannot batch it: {str(error).splitlines()[0]}"
         return None
 
     def _forward(self, params: Sequence[Tensor], x: Tensor) -> Tensor:
@@ -165,6 +171,21 @@ class BatchedPath:
         parts = [self._forward_all(state.params, part) for part in torch.split(x, rows)]
         return torch.where(state.finite.view(-1, 1, 1), torch.cat(parts, 1), torch.nan)
 
+    def _linearise(
+        self, params: Sequence[Tensor], x: Tensor
+    ) -> tuple[Tensor, Callable[..., tuple[Tensor, ...]], Callable[..., Tensor]]:
+        """Return one network's outputs (B, C), and its Jacobian transposed and as it is, as functions."""
+
+        def outputs_of(*params: Tensor) -> Tensor:
+            return self._forward(params, x)
+
+        def push_forward(*tangents: Tensor) -> Tensor:
+            derivative: Tensor = jvp(outputs_of, tuple(params), tangents)[1]
+            return derivative
+
+        results = vjp(outputs_of, *params)
+        return results[0].detach(), results[1], push_forward
+
     def prepare(self, model: nn.Module, inner: Batch, outer: Batch) -> BatchedContext:
         """See `evoloss.engine.path.Path`."""
         return BatchedContext(tuple(self._parameters_of(model)), inner, outer)
@@ -177,15 +198,8 @@ class BatchedPath:
         rate = self.settings.first_step_rate
         shrink = 1.0 - rate * self.settings.weight_decay
 
-        def outputs_of(*params: Tensor) -> Tensor:
-            return self._forward(params, inner.x)
-
-        def push_forward(*tangents: Tensor) -> Tensor:
-            derivative: Tensor = jvp(outputs_of, context.params, tangents)[1]
-            return derivative
-
-        results = vjp(outputs_of, *context.params)
-        shared, pull_back = results[0].detach().unsqueeze(0), results[1]
+        outputs, pull_back, push_forward = self._linearise(context.params, inner.x)
+        shared = outputs.unsqueeze(0)
         gradients = vmap(pull_back)(loss.output_gradients(shared, inner.targets))
         stepped = [
             torch.sub(shrink * p, g, alpha=rate).detach().requires_grad_()

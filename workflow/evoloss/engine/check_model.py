@@ -55,7 +55,8 @@ class _Trial:
                     state[path, name] = flat.view(torch.uint8).numpy().tobytes()
                 elif isinstance(value, bool | int | float | str):
                     state[path, name] = repr(value)
-                elif isinstance(value, list | dict | set):
+                elif isinstance(value, list | set):
+                    # a dict is a cache, as a rule
                     state[path, name] = len(value)
         return state
 
@@ -95,15 +96,17 @@ def check_model(model: nn.Module, model_name: str, x: Tensor, num_outputs: int) 
     ModelError
         In one sentence that names the module: it fails on the inputs or changes them, has outputs of another shape or
         that are not finite, a parameter is lazy, has a hook or no influence, it changes a buffer or attribute when it
-        is called, it is random, or `torch.func.vmap` cannot handle it.
+        is called, its outputs depend on earlier calls, it is random, or `torch.func.vmap` cannot handle it.
     """
     refuse = f"model {model_name!r} cannot be trained here:"
-    for name, parameter in model.named_parameters():
-        if is_lazy(parameter):
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
             raise ModelError(
-                f"{refuse} its parameter {name!r} has no shape before the first call, so no seed could fill it; use a "
+                f"{refuse} its {kind} {name!r} has no shape before the first call, so no seed could fill it; use a "
                 "layer that is given its number of inputs, not a lazy one"
             )
+    for name, parameter in model.named_parameters():
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             raise ModelError(
                 f"{refuse} its parameter {name!r} has a gradient hook, which training here would not call; take it off"
@@ -125,18 +128,25 @@ def check_model(model: nn.Module, model_name: str, x: Tensor, num_outputs: int) 
             if after.get((path, name)) != before[path, name]:
                 buffers = trial.model.get_submodule(path)._buffers
                 kind = "buffer" if name in buffers else "attribute"
+                instead = ", e.g. GroupNorm" if "Norm" in trial.describe(path) else ""
                 raise ModelError(
                     f"{refuse} {trial.describe(path)} changes its {kind} {name!r} when it is called, which the "
-                    "networks of a population would share; use a layer without such state, e.g. GroupNorm"
+                    f"networks of a population would share; use a layer without such state{instead}"
                 )
-        for name, output in first.items():
-            # a GPU may sum in another order the second time
-            close = torch.allclose(output.double(), second[name].double(), 1e-3, equal_nan=True)
-            if not close:
-                raise ModelError(
-                    f"{refuse} {trial.describe(name)} is random: it gives other outputs when it is called again, so "
-                    "losses could not be compared; leave it out"
-                )
+        if different := _find_difference(first, second):
+            raise ModelError(
+                f"{refuse} {trial.describe(different[0])} is random: it gives other outputs when it is called again, "
+                "so losses could not be compared; leave it out"
+            )
+        # first inputs may stay in what is None until then, such as the statistics that a layer starts from
+        used = _Trial(model)
+        with _explain(f"{refuse} it fails on two equal rows of the training data, in", used):
+            used.run(x[[0, 0]])
+        if different := _find_difference(first, used.run(x)):
+            raise ModelError(
+                f"{refuse} {trial.describe(different[0])} remembers earlier inputs: its outputs depend on them, which "
+                "the networks of a population would share; use a layer without such state"
+            )
         if "" not in first:
             raise ModelError(f"{refuse} it does not return a single tensor")
         _check_outputs(trial.model, refuse, first[""], (len(x), num_outputs))
@@ -148,6 +158,20 @@ def check_model(model: nn.Module, model_name: str, x: Tensor, num_outputs: int) 
         ):
             functional = FunctionalModel(trial.model)
             vmap(lambda params: functional(params, x))(stacked)
+
+
+def _find_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
+    """Return the names of the modules whose outputs differ, innermost first."""
+
+    def is_close(a: Tensor, b: Tensor | None) -> bool:
+        # a GPU may sum in another order the second time
+        return (
+            b is not None
+            and a.shape == b.shape
+            and torch.allclose(a.double(), b.double(), 1e-3, equal_nan=True)
+        )
+
+    return [name for name, output in first.items() if not is_close(output, second.get(name))]
 
 
 def check_second_derivative(model: nn.Module, model_name: str, x: Tensor) -> None:
