@@ -8,6 +8,7 @@ rows of a block fit into the first-level cache. The opcodes are literal, so that
 from __future__ import annotations
 
 import hashlib
+import uuid
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,10 +32,15 @@ class RowCompiler(CompilerBase):
 
     Without the promise LLVM checks every pair of rows at run time or does not vectorise; counting references to views
     costs more than the arithmetic.
+
+    Code that is loaded from numba's cache calls whatever function of the right name is loaded already, and a name is
+    made unique by a number that numba counts anew in every process: several processes' code in one cache could be
+    mixed up (numba issue 10486). Here the number is random.
     """
 
     def define_pipelines(self) -> list[Any]:
-        """Return numba's own passes, with both promises made."""
+        """Return numba's own passes, with both promises made, under a name of its own."""
+        self.state.func_id.unique_id = uuid.uuid4().int
         self.state.flags.noalias = True
         self.state.targetctx = self.state.targetctx.subtarget(enable_nrt=False)
         return [DefaultPassBuilder.define_nopython_pipeline(self.state)]  # type: ignore[no-untyped-call]

@@ -172,6 +172,7 @@ def make_block_row(num_rows: int, num_bytes: int, num_sums: int) -> Callable[...
     whole = _make_block(num_rows, num_vectors, num_bytes, masked=False)
     part = _make_block(num_rows, 1, num_bytes, masked=True)
 
+    @row_function
     def multiply(weights, m, source, start, taps, target, out, stride, length, bias):  # type: ignore[no-untyped-def]
         place = m * weights.shape[1]
         lanes = num_bytes // weights.itemsize
@@ -196,12 +197,7 @@ def make_block_row(num_rows: int, num_bytes: int, num_sums: int) -> Callable[...
             )
             j += lanes
 
-    # Compiled code that is loaded from numba's cache takes a function that is there already for its own if name and
-    # number are the same, and numbers are counted anew in every process (numba issue 10486): code of its own, name of
-    # its own.
-    multiply.__qualname__ = f"multiply_{num_rows}_{num_bytes}_{num_sums}"
-    compiled: Callable[..., None] = row_function(multiply)
-    return compiled
+    return multiply
 
 
 _1, _2, _4, _6, _8 = (make_block_row(size, *find_registers()) for size in (1, 2, 4, 6, 8))
