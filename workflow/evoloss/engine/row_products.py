@@ -183,18 +183,8 @@ def make_block_row(num_rows: int, num_bytes: int, num_sums: int) -> Callable[...
             j += step
         while j < length:
             part(
-                weights,
-                place,
-                taps,
-                source,
-                start + j,
-                target,
-                out + j,
-                stride,
-                bias,
-                m,
-                length - j,
-            )
+                weights, place, taps, source, start + j, target, out + j, stride, bias, m, length - j
+            )  # fmt: skip
             j += lanes
 
     return multiply
