@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from toy_tasks import make_toy_task
 
-from benchmarks import racing, report
+from benchmarks import racing, racing_workloads, report
 from benchmarks.__main__ import main
 from benchmarks.accuracy import measure_local_searches, measure_meta_gradients
 from benchmarks.candidates import SIZES, draw_candidates, move_by_one_ulp, negate
@@ -226,8 +226,8 @@ def test_racing_is_compared_with_the_same_search_without(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workload = make_toy_workload("mlp")
-    search = replace(racing.make_small_search(1), population_size=8)
-    toy = racing.RacingWorkload(
+    search = replace(racing_workloads.make_small_search(1), population_size=8)
+    toy = racing_workloads.RacingWorkload(
         workload.make_task, "mlp", workload.settings, search, {"widths": (8, 8)}
     )
     monkeypatch.setattr("benchmarks.racing.WORKLOADS", {"toy": lambda: toy, "other": lambda: toy})
@@ -276,7 +276,7 @@ def test_racing_is_compared_with_the_same_search_without(
 
 def test_stopped_losses_are_trained_to_the_end_as_the_search_does() -> None:
     workload = make_toy_workload("mlp")
-    settings = replace(racing.make_small_search(8), num_generations=2, population_size=8)
+    settings = replace(racing_workloads.make_small_search(8), num_generations=2, population_size=8)
     engine = workload.build_engine(CPU)
     search = GPSearch(engine, settings, 1)
     rows = racing.run_search(search)
