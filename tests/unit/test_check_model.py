@@ -99,16 +99,74 @@ class Starting(nn.Module):
         return x - mean
 
 
+class Keeping(nn.Module):
+    """It keeps a function of its parameters, which belong to one network of many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4))
+        self.kept: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.kept:
+            self.kept["weight"] = torch.softmax(self.weight, 0)
+        return x * self.kept["weight"]
+
+
+class Choosing(nn.Module):
+    """It knows its first inputs and fails for all others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: dict[float, int] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.known:
+            self.known = {float(value): place for place, value in enumerate(x[:, 0])}
+        return x + sum(self.known[float(value)] for value in x[:, 0])
+
+
+class Stepping(nn.Module):
+    """A layer before and after a state of its own: not these remember."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.state: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.enter(x)
+        if self.state is not None:
+            h = h + self.state
+        self.state = h.detach().mean(0)
+        outputs: Tensor = self.leave(h)
+        return outputs
+
+
+class Clamping(nn.Module):
+    """It changes its own parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.weight.mul_(0.9)
+        return x * self.weight
+
+
 class CachingByShape(nn.Module):
     """It keeps what depends on the shape of the inputs alone."""
 
     def __init__(self) -> None:
         super().__init__()
         self.kept: dict[int, Tensor] = {}
+        self.identity = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         if len(x) not in self.kept:
-            self.kept[len(x)] = torch.arange(x.shape[1]) / 10
+            self.kept[len(x)] = self.identity(torch.arange(x.shape[1]) / 10)
         return x + self.kept[len(x)]
 
 
@@ -223,8 +281,15 @@ def wrap(*layers: nn.Module) -> Callable[[], nn.Module]:
         (wrap(Remembering("seen")), "module '1' (Remembering) changes its attribute 'seen'"),
         (wrap(Remembering("mean")), "module '1' (Remembering) changes its attribute 'mean'"),
         *(
-            (wrap(Starting(where)), "module '1' (Starting) remembers earlier inputs: its outputs")
+            (wrap(Starting(where)), "module '1' (Starting) remembers earlier calls: its outputs")
             for where in ("mean", "pair", "known")
+        ),
+        (wrap(Keeping()), "module '1' (Keeping) remembers earlier calls: its outputs depend on"),
+        (wrap(Stepping()), "module '1' (Stepping) remembers earlier calls: its outputs depend on"),
+        (wrap(Clamping()), "module '1' (Clamping) changes its parameter 'weight' when it is"),
+        (
+            lambda: nn.Sequential(Choosing(), nn.Linear(6, 3)),
+            "it fails when it is called again, in its module '0' (Choosing): ",
         ),
         (wrap(nn.Dropout(0.5)), "module '1' (Dropout) is random"),
         (wrap(nn.Sequential(nn.Tanh(), Noisy())), "module '1.1' (Noisy) is random"),
@@ -261,7 +326,7 @@ def wrap(*layers: nn.Module) -> Callable[[], nn.Module]:
 def test_refused_with_a_sentence(build: Callable[[], nn.Module], sentence: str) -> None:
     torch.manual_seed(0)
     with pytest.raises(ModelError) as caught:
-        check_model(build(), "mine", torch.randn(2, 6), 3)
+        check_model(build(), "mine", torch.randn(4, 6), 3)
     assert str(caught.value).startswith("model 'mine' cannot be trained here: ")
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -289,21 +354,21 @@ def test_our_own_models_pass(name: str, precision: str) -> None:
     ids=lambda layer: type(layer).__name__,
 )
 def test_other_layers_pass(layer: nn.Module) -> None:
-    check_model(wrap(layer)(), "mine", torch.randn(2, 6), 3)
+    check_model(wrap(layer)(), "mine", torch.randn(4, 6), 3)
 
 
 def test_a_gradient_hook_is_refused() -> None:
     model = nn.Linear(6, 3)
     model.weight.register_hook(lambda gradient: 10 * gradient)
     with pytest.raises(ModelError, match="its parameter 'weight' has a gradient hook"):
-        check_model(model, "mine", torch.randn(2, 6), 3)
+        check_model(model, "mine", torch.randn(4, 6), 3)
 
 
 def test_the_trial_leaves_no_trace() -> None:
     model = wrap(nn.BatchNorm1d(4))()
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     with pytest.raises(ModelError):
-        check_model(model, "mine", torch.zeros(2, 6), 3)
+        check_model(model, "mine", torch.zeros(4, 6), 3)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(state, torch.get_rng_state())
     assert not any(module._forward_hooks for module in model.modules())

@@ -100,6 +100,32 @@ def test_what_cannot_be_differentiated_in_bf16_is_not_batched(
     assert "torch.func cannot batch it: " in str(failures["bf16"])
 
 
+class Masking(nn.Module):
+    """It keeps a mask that was computed of a network's hidden values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        self.masks: dict[int, torch.Tensor] = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.layer(x)
+        if len(x) not in self.masks:
+            self.masks[len(x)] = torch.ones_like(hidden)
+        return hidden * self.masks[len(x)]
+
+
+def test_what_is_kept_under_vmap_is_not_batched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(models.MODELS, "mine", lambda task: Masking())
+    engine = Engine(make_toy_task(), "mine", TrainingSettings(16, 0.1), CPU)
+    model = Masking()
+    failure = BatchedPath(engine.task, model, engine.settings).find_failure(engine.task.train.x[:2])
+    assert "torch.func cannot batch it: " in str(failure)
+    program = weighted(FORMULAS[0])
+    assert engine.compute_fitness([program], 3, 0) >= 0
+    engine.local_search([program], LocalSearchSettings(2, 1, 0.01), 0)
+
+
 def test_float32_is_accurate() -> None:
     task = make_task("lenet5")
     found, expected = (

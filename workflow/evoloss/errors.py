@@ -40,3 +40,8 @@ def describe_choices(value: object, choices: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(value), names, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     return f"{str(value)!r}{hint}; accepted: {', '.join(names)}"
+
+
+def take_first_line(error: Exception) -> str:
+    """Return what an error of somebody else's says first, or its name if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

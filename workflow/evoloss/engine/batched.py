@@ -7,6 +7,7 @@ state stays in the cache and batching candidates is slower (measured).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from evoloss.engine.optimizer import OptimizerState, update_parameters
 from evoloss.engine.population_loss import OutputLoss, PopulationLoss, TaskLoss
 from evoloss.engine.settings import TrainingSettings
 from evoloss.engine.streams import Batch
+from evoloss.errors import take_first_line
 from evoloss.tasks import Task
 
 MAX_PARAMETERS = 4_000_000
@@ -103,10 +105,11 @@ class BatchedPath:
         size = sum(p.numel() for p in model.parameters())
         if size > MAX_PARAMETERS:
             return f"with {size:,} parameters one network fills the device"
-        activations = count_activations(model, task.train.x, settings.batch_size)
+        activations = count_activations(copy.deepcopy(model), task.train.x, settings.batch_size)
         if activations > MAX_ACTIVATIONS:
             return f"with {activations:,} activations one network fills the device"
-        return cls(task, model, settings).find_failure(task.train.x[:2])
+        # a copy, as a model may keep what it computes under vmap
+        return cls(task, copy.deepcopy(model), settings).find_failure(task.train.x[:2])
 
     def find_failure(self, x: Tensor) -> str | None:
         """Return why training and meta-gradients fail for two networks on the rows ``x``, None if they do not."""
@@ -115,8 +118,8 @@ class BatchedPath:
             # what some layers lack in bfloat16, e.g. nn.LayerNorm's derivative along a direction (torch 2.13)
             _, pull_back, push_forward = self._linearise(self._parameters_of(self.model), x)
             vmap(push_forward)(*vmap(pull_back)(torch.zeros_like(outputs)))
-        except (RuntimeError, ValueError, NotImplementedError) as error:
-            return f"torch.func cannot batch it: {str(error).splitlines()[0]}"
+        except Exception as error:  # whatever a model of the user's own raises
+            return f"torch.func cannot batch it: {take_first_line(error)}"
         return None
 
     def _forward(self, params: Sequence[Tensor], x: Tensor) -> Tensor:

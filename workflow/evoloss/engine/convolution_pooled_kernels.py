@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from evoloss.engine import convolution_activations, row_dots, row_products
+from evoloss.engine import convolution_activations, kernel_rows, row_dots, row_products
 from evoloss.engine.convolution_activations import activate_row, slope_row
 from evoloss.engine.kernel_rows import digest_sources
 from evoloss.engine.row_dots import dot_row
@@ -39,7 +39,7 @@ def compile_pooled_kernels() -> tuple[
     Callable[..., None], Callable[..., None], Callable[..., None]
 ]:
     """Return ``convolve_and_pool``, ``pool_tangent`` and ``pool_backward``."""
-    digest = digest_sources(convolution_activations, row_dots, row_products)
+    digest = digest_sources(convolution_activations, kernel_rows, row_dots, row_products)
 
     @product_kernel
     def convolve_and_pool(weights, x, x_starts, taps, y, pooled, window, kind, bias):  # type: ignore[no-untyped-def]

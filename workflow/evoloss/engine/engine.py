@@ -92,7 +92,7 @@ class Engine:
         self.task = task.to(device, settings.dtype)
         model = self.build_model(0)
         with set_torch_kernels(settings.precision, device):
-            check_model(model, model_name, self.task.train.x[:2], task.num_outputs)
+            check_model(model, model_name, self.task.train.x[:4], task.num_outputs)
             self.path = choose_path(self.task, model, settings)
         if settings.precision == "tf32" and device.type != "cuda":
             logger.info("training.precision: tf32 is a GPU's; on %s it is float32", device.type)

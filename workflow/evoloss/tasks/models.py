@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evoloss.errors import ModelError, describe_choices
+from evoloss.errors import ModelError, describe_choices, take_first_line
 from evoloss.tasks.preparation import PADDING_ID
 from evoloss.tasks.task import Task
 
@@ -186,9 +186,9 @@ def build_model(model_name: str, task: Task, seed: int, **options: Any) -> nn.Mo
         except ModelError:
             raise
         except Exception as error:  # whatever a builder of the user's own raises
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ModelError(
-                f"task {task.name!r}: model {model_name!r} cannot be built: {type(error).__name__}: {reason}"
+                f"task {task.name!r}: model {model_name!r} cannot be built: {type(error).__name__}: "
+                f"{take_first_line(error)}"
             ) from error
     if not isinstance(model, nn.Module):
         raise ModelError(
