@@ -20,7 +20,7 @@ pytestmark = pytest.mark.workflow
         ("methods: [evomall]", "did you mean 'evomal'?"),
         (
             "train: {steps: many}",
-            "train.steps must be an integer (at least 1), not the text 'many'",
+            "train.steps must be an integer (at least 1, at most 10000000), not the text 'many'",
         ),
         ("data_seed: 1\ndata_seed: 2", "key 'data_seed' is given twice"),
     ],
