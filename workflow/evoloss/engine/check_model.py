@@ -159,7 +159,9 @@ def check_model(model: nn.Module, model_name: str, x: Tensor, num_outputs: int) 
                     f"{refuse} {trial.describe(path)} changes its {kind} {name!r} when it is called, which the "
                     f"networks of a population would share; use a layer without such state{trial.advise(path)}"
                 )
-        if culprit := _find_difference(first, again.run(x)):
+        with _explain(f"{refuse} it fails on the same rows in another copy, in", again):
+            repeated = again.run(x)
+        if culprit := _find_difference(first, repeated):
             raise ModelError(
                 f"{refuse} {trial.describe(culprit[0])} is random: it gives other outputs when it is called again, so "
                 "losses could not be compared; leave it out"
