@@ -16,6 +16,7 @@ from benchmarks.accuracy import measure_local_searches, measure_meta_gradients
 from benchmarks.machine import describe_machine
 from benchmarks.plot import draw_scaling
 from benchmarks.point import Point, run_point
+from benchmarks.racing_workloads import RUNGS
 from benchmarks.report import format_section, keep_section, update_readme
 from benchmarks.scaling import WORKLOADS as SCALED
 from benchmarks.scaling import Ranges, measure_scaling
@@ -57,8 +58,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--search", nargs="+", choices=["softmax", "lenet5", "mlp"], default=[],
                         metavar="NAME", help="run a whole search under the paper's settings")  # fmt: skip
-    parser.add_argument("--racing", type=at_least_one, default=1,
-                        help="reduction of --search's races (default: 1, no racing)")  # fmt: skip
+    parser.add_argument("--racing", action="store_true", help="--search with races at "
+                        f"{' and '.join(map(str, RUNGS))} of every training")  # fmt: skip
     parser.add_argument("--scaling", action="store_true", help="cost and memory, with a figure")
     parser.add_argument("--accuracy", action="store_true", help="float32 against float64")
     parser.add_argument("--threads", type=at_least_one, default=1, help="CPU threads (default: 1)")
@@ -121,9 +122,9 @@ def measure_searches(options: argparse.Namespace, device: torch.device) -> dict[
         workload = make_workload(name)
         engine = workload.build_engine(device)
         settings = read_paper_search(workload)
-        if options.racing > 1:
-            settings = replace(settings, racing=RacingSettings(options.racing))
-            name = f"{name}, racing {options.racing}"
+        if options.racing:
+            settings = replace(settings, racing=RacingSettings(RUNGS))
+            name = f"{name}, racing"
         results[name] = run_search(engine, settings, 0)
     if XOR_SEARCH in options.workloads:
         workload = make_workload("xor")

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import describe_machine
-from benchmarks.racing_workloads import WORKLOADS
+from benchmarks.racing_workloads import RUNGS, WORKLOADS
 from benchmarks.report import format_section, keep_section
 from evoloss.engine import Engine
 from evoloss.engine.racing import RacingSettings
@@ -202,8 +202,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--meta-steps", type=int, help="of the local search, likewise; 0: none")
     parser.add_argument("--fitness-steps", type=int, help="likewise")
     parser.add_argument("--learning-rate", type=float, help="of the base models, likewise")
-    parser.add_argument("--reduction", type=int, default=2)
-    parser.add_argument("--first-rung", type=float, default=0.5)
+    parser.add_argument("--rungs", type=float, nargs="+", default=RUNGS)
     parser.add_argument("--json", type=Path, help="add the results to this file")
     options = parser.parse_args(arguments)
     if options.seeds < 2:
@@ -211,7 +210,7 @@ def main(arguments: Sequence[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     torch.set_num_threads(1)
     logging.getLogger("evoloss").setLevel(logging.WARNING)
-    racing = RacingSettings(options.reduction, options.first_rung)
+    racing = RacingSettings(tuple(options.rungs))
     machine = describe_machine(torch.device("cpu"))
     for name in options.workloads:
         workload = WORKLOADS[name]()

@@ -16,6 +16,9 @@ from evoloss.search.individuals import VariationSettings
 from evoloss.search.settings import SearchSettings
 from evoloss.tasks import Task
 
+RUNGS = (0.25, 0.5)
+"""Where the default preset's races stop candidates."""
+
 
 @dataclass(frozen=True)
 class RacingWorkload:

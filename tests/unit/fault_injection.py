@@ -40,8 +40,7 @@ SEARCH = {
     "rejection_sample": 50,
     "rejection_learning_rate": 0.01,
     "gradient_digits": 2,
-    "racing_reduction": 2,
-    "racing_first_rung": 0.25,
+    "racing_rungs": [0.25, 0.5],
     "num_networks": 1,
     "learning_rate": "base",
 }

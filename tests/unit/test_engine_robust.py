@@ -269,7 +269,7 @@ def test_an_error_in_a_thread_is_raised_and_leaves_the_threads_as_they_were() ->
 def test_a_search_averages_over_networks() -> None:
     """The configured number reaches the fitness: that of the best loss is found again by hand."""
     config = read_config(FilePath(__file__).parents[2] / "workflow" / "presets" / "tiny.yaml")
-    search = {**config["search"], "num_networks": 3, "population_size": 8, "racing_reduction": 1}
+    search = {**config["search"], "num_networks": 3, "population_size": 8, "racing_rungs": []}
     settings = build_search_settings(search, {})
     engine = Engine(make_toy_task(), "linear", PLAIN, CPU)
     (best, *_) = GPSearch(engine, settings, 0).run().front

@@ -39,7 +39,7 @@ SETTINGS = SearchSettings(
     rejection=RejectionSettings(20, 20, 0.05, 2),
     local_search=LocalSearchSettings(4, 1, 0.01),
     initial_deviation=0.001,
-    racing=RacingSettings(2, 0.25),
+    racing=RacingSettings((0.25, 0.5)),
 )
 TRAINING = TrainingSettings(16, 0.05, momentum=0.9, nesterov=True, weight_decay=1e-3)
 

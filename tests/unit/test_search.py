@@ -19,11 +19,13 @@ from toy_tasks import make_toy_task
 
 from evoloss.engine import Engine, LocalSearchSettings, TrainingSettings
 from evoloss.engine.filters import RejectionSettings
+from evoloss.engine.racing import find_contenders
 from evoloss.expressions import compile_weighted_tree, evaluate_program, parse_expression
 from evoloss.search.archive import WORST, Archive, Record
 from evoloss.search.gp_search import GPSearch
 from evoloss.search.history import describe_generation
 from evoloss.search.individuals import Individual, Variation, VariationSettings, to_expression
+from evoloss.search.selection import Parent, list_contests, plan_children
 from evoloss.search.settings import SearchSettings
 from evoloss.seeding import derive_seed, global_random
 
@@ -54,13 +56,13 @@ def make_engine(kind: str = "classification") -> Engine:
 def test_trees_mean_what_deap_means(seed: int) -> None:
     """A DEAP tree and its expression compute the same, and repair leaves both terminals in every tree."""
     variation = Variation(VARIATION)
-    rng = random.Random(seed)
+    rng, plans = random.Random(seed), np.random.default_rng(seed)
     with global_random(rng):
         population = variation.initial_population(4)
         for _ in range(3):
             for individual in population:
                 individual.fitness.values = (random.random(),)
-            population = variation.next_generation(population)
+            population = variation.next_generation(population, variation.plan_children(4, plans))
     y, f = (np.random.default_rng(seed + i).uniform(-2, 2, 5) for i in range(2))
     for individual in population:
         expression = to_expression(individual)
@@ -120,6 +122,7 @@ def test_repair_holds_the_height_limit(height: int) -> None:
 
 def test_rates_are_the_shares_of_the_offspring(monkeypatch: pytest.MonkeyPatch) -> None:
     variation = Variation(VARIATION)
+    plans = np.random.default_rng(2)
     drawn: Counter[str] = Counter()
     for name in ("_crossover", "_mutate"):
         original = getattr(variation, name)
@@ -134,11 +137,17 @@ def test_rates_are_the_shares_of_the_offspring(monkeypatch: pytest.MonkeyPatch) 
         for _ in range(50):
             for individual in population:
                 individual.fitness.values = (random.random(),)
-            population = variation.next_generation(population)
+            population = variation.next_generation(population, variation.plan_children(40, plans))
             drawn["offspring"] += 38
     assert len(population) == 40
     assert drawn["_crossover"] / drawn["offspring"] == pytest.approx(0.70, abs=0.05)
     assert drawn["_mutate"] / drawn["offspring"] == pytest.approx(0.25, abs=0.05)
+
+
+def select_parents(population: list[Individual], count: int, parsimony_size: float) -> list[int]:
+    """Return the numbers of the winners of ``count`` double tournaments of 4."""
+    plan = plan_children(count, len(population), 4, 0.0, 0.0, np.random.default_rng(0))
+    return [child.parents[0].select(population, parsimony_size) for child in plan]
 
 
 @pytest.mark.parametrize(("parsimony_size", "share"), [(1.0, 0.5), (1.4, 0.6), (2.0, 0.75)])
@@ -147,26 +156,59 @@ def test_parsimony_prefers_the_smaller_of_two_winners(parsimony_size: float, sha
 
     In a population of one small and one large tree, equally fit, the two differ half of the time.
     """
-    variation = Variation(replace(VARIATION, parsimony_size=parsimony_size))
     small, large = (
-        make_individual(variation, text) for text in ("sub(y, f(x))", "square(sub(y, f(x)))")
+        make_individual(Variation(VARIATION), text)
+        for text in ("sub(y, f(x))", "square(sub(y, f(x)))")
     )
     for individual in (small, large):
         individual.fitness.values = (1.0,)
-    with global_random(random.Random(0)):
-        chosen = [len(variation._select([small, large])) for _ in range(4000)]
-    assert chosen.count(len(small)) / len(chosen) == pytest.approx(share, abs=0.025)
+    chosen = select_parents([small, large], 4000, parsimony_size)
+    assert chosen.count(0) / len(chosen) == pytest.approx(share, abs=0.025)
 
 
 def test_selection_looks_at_fitness_before_size() -> None:
-    variation = Variation(replace(VARIATION, parsimony_size=2.0))
+    variation = Variation(VARIATION)
     small = make_individual(variation, "sub(y, f(x))")
     large = make_individual(variation, "square(sub(y, f(x)))")
     small.fitness.values, large.fitness.values = (2.0,), (1.0,)
-    with global_random(random.Random(0)):
-        chosen = [len(variation._select([small, large])) for _ in range(1000)]
+    chosen = select_parents([small, large], 4000, parsimony_size=2.0)
     # the small one must fill two tournaments of 4, each with probability 1/16, or one and be preferred
-    assert chosen.count(len(large)) / len(chosen) == pytest.approx((15 / 16) ** 2, abs=0.03)
+    assert chosen.count(1) / len(chosen) == pytest.approx((15 / 16) ** 2, abs=0.02)
+
+
+def test_a_tie_in_fitness_goes_to_the_first_of_the_tournament() -> None:
+    variation = Variation(VARIATION)
+    population = [make_individual(variation, "sub(y, f(x))") for _ in range(3)]
+    for individual, fitness in zip(population, (2.0, 1.0, 1.0), strict=True):
+        individual.fitness.values = (fitness,)
+    parent = Parent(((0, 2, 1), (0, 1, 2)), 0.49)
+    assert parent.select(population, 1.4) == 2
+    assert replace(parent, draw=0.5).select(population, 1.4) == 1
+
+
+def test_contests_are_all_that_fitness_is_asked_for() -> None:
+    """The elite and every tournament: another fitness of someone else does not change the next generation."""
+    variation = Variation(replace(VARIATION, elitism_rate=0.15))
+    for seed in range(8):
+        with global_random(random.Random(seed)):
+            population = variation.initial_population(20)
+        fitnesses = np.random.default_rng(seed).permutation(20).astype(float)
+        plan = variation.plan_children(20, np.random.default_rng(seed))
+        assert len(plan) == 17
+        contests = list_contests(plan, 3, 20)
+        parents = sum(len(child.parents) for child in plan)
+        assert len(contests) == 2 * parents + 1
+        asked = find_contenders(contests, fitnesses, fitnesses)
+        assert 3 < asked.sum() < 20
+        generations = []
+        for values in (fitnesses, np.where(asked, fitnesses, fitnesses + 100.0)):
+            for individual, value in zip(population, values.tolist(), strict=True):
+                individual.fitness.values = (value,)
+            with global_random(random.Random(seed)):
+                following = variation.next_generation(population, plan)
+            generations.append([list(individual) for individual in following])
+        assert generations[0] == generations[1]
+    assert list_contests([], 0, 20) == []
 
 
 def test_the_elite_survives_unchanged() -> None:
@@ -175,7 +217,8 @@ def test_the_elite_survives_unchanged() -> None:
         population = variation.initial_population(20)
         for i, individual in enumerate(population):
             individual.fitness.values = (float(i + 1),)
-        children = variation.next_generation(population)
+        plan = variation.plan_children(20, np.random.default_rng(1))
+        children = variation.next_generation(population, plan)
     assert len(children) == 20
     assert list(children[0]) == list(population[0])
     assert not children[0].fitness.valid

@@ -1,16 +1,16 @@
-"""Racing: candidates that are behind stop training early, so that the steps go to those that may win.
+"""Racing: a candidate stops training as soon as it can no longer win what its fitness is asked for.
 
-Successive halving (Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter Optimization",
-AISTATS 2016) whose rungs remember: a candidate goes on if it is among the best 1/reduction of all that ever reached
-the rung, in earlier generations too, as in ASHA (Li et al., "A System for Massively Parallel Hyperparameter Tuning",
-MLSys 2020). Common random numbers make those scores comparable: same initial parameters, same batches.
+Races between intervals (Maron and Moore, "Hoeffding Races: Accelerating Model Selection Search for Classification and
+Function Approximation", NIPS 1993): at a rung, a step within the training, every candidate has a best and a worst case
+for its fitness, and stops if its best case is worse than the worst case of a rival. As in successive halving (Jamieson
+and Talwalkar, AISTATS 2016) all candidates of a generation are compared at the same rungs, and common random numbers
+make their scores comparable: same initial parameters, same batches.
 
-Ours: a candidate also goes on if it is no worse at the rung than some of the best `PROTECTED` of those trained to the
-end were there: where good losses start slowly, as on a plateau, early scores tell little and should stop few. The first
-race of a search, which knows no ends yet, stops nobody. And a stopped candidate gets the fitness that its score lets
-expect, from how those with scores like it, trained to the end, went on from there: selection then works as it does
-without racing, while the raw score, or a place behind all others, changes which losses have offspring, and the search
-finds worse ones (benchmarks/README.md).
+Ours is with whom they compete: a search draws beforehand who meets whom in its tournaments, and a candidate stops only
+if it can win none of them (`Contest`). So selection goes on as it does without racing, which it does not where a fixed
+share of the candidates stops (benchmarks/README.md). And ours is where the bounds come from: how candidates with scores
+like these, trained to the end earlier in the search, went on from there. The first race of a search, which knows no
+ends yet, stops nobody.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from evoloss.engine.safe_point import SafePoint
 from evoloss.engine.training_run import TrainingRun
@@ -32,70 +32,87 @@ from evoloss.expressions import Program
 if TYPE_CHECKING:
     from evoloss.engine.engine import Engine
 
-FEWEST_SCORES = 3
-"""A rung that knows fewer scores, or fewer ends, stops nobody."""
+FEWEST_ENDS = 3
+"""A search that knows fewer candidates trained to the end stops nobody."""
 
-PROTECTED = 0.25
-"""Share of the candidates trained to the end whose like is not stopped."""
+NEIGHBOURS = 20
+"""Candidates trained to the end that a forecast comes from: fewer stop more, and change more (benchmarks/README.md)."""
 
-NEIGHBOURS = 9
-"""Candidates trained to the end that a stopped one's fitness is predicted from (benchmarks/README.md)."""
+
+@dataclass(frozen=True)
+class Contest:
+    """Entrants, by their numbers, of which the best ``places`` count and the others do not."""
+
+    entrants: frozenset[int]
+    places: int = 1
+
+    def renumber(self, numbers: Sequence[int]) -> Contest:
+        """Return the contest in which entrant i has the number ``numbers[i]``; several may have the same."""
+        return Contest(frozenset(numbers[i] for i in self.entrants), self.places)
+
+
+def find_contenders(
+    contests: Sequence[Contest], best_case: ArrayLike, worst_case: ArrayLike
+) -> NDArray[np.bool_]:
+    """Return who may be among the best of some contest, (N,).
+
+    The cases (N,) are bounds of the entrants' fitness, lower is better; where it is known, both are that.
+    """
+    best, worst = np.asarray(best_case), np.asarray(worst_case)
+    found = np.zeros(len(best), dtype=bool)
+    for contest in contests:
+        numbers = list(contest.entrants)
+        bar = np.sort(worst[numbers])[: contest.places][-1]
+        found[numbers] |= best[numbers] <= bar
+    return found
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The fitness that is expected of a candidate, and its bounds."""
+
+    best_case: float
+    expected: float
+    worst_case: float
 
 
 @dataclass
-class RungScores:
-    """What the races of one search have seen, by the rungs' step numbers.
+class FinishedTrainings:
+    """What the races of one search have seen of the candidates trained to the end.
 
-    ``reached`` has the scores of all candidates that ever reached a rung; ``finished`` those of the candidates trained
-    to the end, in one order for all rungs and the end itself.
+    ``scores`` are theirs by step number: at the rungs and, last, at the end. All lists are in one order.
     """
 
-    reached: dict[int, list[float]] = field(default_factory=dict)
-    finished: dict[int, list[float]] = field(default_factory=dict)
+    scores: dict[int, list[float]] = field(default_factory=dict)
 
-    def find_threshold(self, rung: int, num_steps: int, reduction: int) -> float:
-        """Return the worst score that goes on; infinity, which NaN does not reach, if too little is known."""
-        scores, ends = self.reached.get(rung, []), self.finished.get(num_steps, [])
-        if min(len(scores), len(ends)) < FEWEST_SCORES:
-            return math.inf
-        best = sorted(ends)[math.ceil(PROTECTED * len(ends)) - 1]
-        slowest = max(at for at, end in zip(self.finished[rung], ends, strict=True) if end <= best)
-        return max(slowest, sorted(scores)[math.ceil(len(scores) / reduction) - 1])
+    def forecast(self, rung: int, num_steps: int, score: float) -> Forecast:
+        """Return what a score at a rung lets expect at the end, from the `NEIGHBOURS` with the nearest scores there.
 
-    def predict_end(self, rung: int, num_steps: int, score: float) -> float:
-        """Return what a score at a rung lets expect at the end: as the `NEIGHBOURS` next to it changed (median ratio).
-
-        Far away others change otherwise: what has learned nothing yet seldom starts to, while what does well becomes
-        better. It is worse than the best of all ends, so that no search keeps a stopped candidate in that one's place.
+        Their ratios of end to score give the bounds (least, greatest) and the expectation (median). Far away others
+        change otherwise: what has learned nothing yet seldom starts to, while what does well becomes better. The
+        expectation is worse than the best of all ends, so no search keeps a stopped candidate in that one's place.
         """
-        ends = self.finished[num_steps]
-        known = [(at, end) for at, end in zip(self.finished[rung], ends, strict=True) if at > 0]
-        expected = score
-        if known:
-            # whoever is as near as the last of them counts too, so the order does not
-            reach = sorted(abs(at - score) for at, _ in known)[:NEIGHBOURS][-1]
-            near = [end / at for at, end in known if abs(at - score) <= reach]
-            expected *= statistics.median(near)
-        return max(math.nextafter(min(ends), math.inf), expected)
+        ends = self.scores[num_steps]
+        known = [(at, end) for at, end in zip(self.scores[rung], ends, strict=True) if at > 0]
+        least = math.nextafter(min(ends), math.inf)
+        if not known or score <= 0:
+            return Forecast(-math.inf, max(least, score), math.inf)
+        # whoever is as near as the last of them counts too, so the order does not
+        reach = sorted(abs(at - score) for at, _ in known)[:NEIGHBOURS][-1]
+        ratios = [end / at for at, end in known if abs(at - score) <= reach]
+        expected = max(least, score * statistics.median(ratios))
+        return Forecast(score * min(ratios), expected, score * max(ratios))
 
 
 @dataclass(frozen=True)
 class RacingSettings:
-    """At each rung the best 1/``reduction`` go on (1: no racing). The first rung is at the share ``first_rung`` of the
-    training, in (0, 1); each further one is ``reduction`` times as far.
-    """
+    """``rungs``: the shares of the training, in (0, 1), at which candidates may stop; none: no racing."""
 
-    reduction: int = 1
-    first_rung: float = 0.5
+    rungs: tuple[float, ...] = ()
 
     def list_rungs(self, num_steps: int) -> list[int]:
         """Return the step numbers at which candidates are scored; the last one is ``num_steps``."""
-        rungs = {num_steps}
-        step = self.first_rung * num_steps
-        while self.reduction > 1 and round(step) < num_steps:
-            rungs.add(max(1, round(step)))
-            step *= self.reduction
-        return sorted(rungs)
+        return sorted({max(1, round(share * num_steps)) for share in self.rungs} | {num_steps})
 
 
 @dataclass(frozen=True)
@@ -103,10 +120,11 @@ class RaceResult:
     """Per candidate (P,): the validation metric after the full training, NaN where training diverged.
 
     A candidate with fewer ``steps`` than the full training was stopped at that rung, and its metric is predicted
-    (`RungScores.predict_end`), or it was found to have diverged there.
+    (`FinishedTrainings.forecast`), or it was found to have diverged there. No fitness is below its ``best_case``.
     """
 
     fitness: NDArray[np.float64]
+    best_case: NDArray[np.float64]
     steps: NDArray[np.int64]
 
 
@@ -115,21 +133,23 @@ def run_race(
     programs: Sequence[Program],
     num_steps: int,
     settings: RacingSettings,
-    rung_scores: RungScores,
+    finished: FinishedTrainings,
+    contests: Sequence[Contest],
+    rivals: Sequence[float],
     *stream: int | str,
     num_networks: int = 1,
     resume: Mapping[str, Any] | None = None,
     at_safe_point: SafePoint | None = None,
 ) -> RaceResult:
-    """Train with every loss and stop those that fall behind; the scores at the rungs are added to ``rung_scores``.
+    """Train with every loss and stop those that can win nothing; the others' scores are added to ``finished``.
 
-    Candidates with equal scores share their fate, so the result does not depend on their order. Diverged candidates
-    leave at the next rung. ``stream`` and ``num_networks`` as in `TrainingRun`: they must be the same for all
-    scores of ``rung_scores``.
+    The entrants of ``contests`` are the candidates, 0 to P - 1, and after them the ``rivals``, by their known fitness.
+    The result does not depend on the order of the candidates. Diverged candidates leave at the next rung.
+    ``stream`` and ``num_networks`` as in `TrainingRun`: they must be the same for all that ``finished`` knows.
     ``resume`` is the progress that ``at_safe_point`` was given in an earlier process.
     """
     size = len(programs)
-    result = RaceResult(np.full(size, np.nan), np.zeros(size, dtype=np.int64))
+    result = RaceResult(np.full(size, np.nan), np.full(size, np.nan), np.zeros(size, np.int64))
     if size == 0:
         return result
     loss = engine.population_loss(programs)
@@ -137,7 +157,7 @@ def run_race(
     running = np.arange(size)
     curves: dict[int, NDArray[np.float64]] = {}
     if resume is not None:
-        result = RaceResult(np.array(resume["fitness"]), np.array(resume["steps"]))
+        result = RaceResult(*(np.array(resume[name]) for name in ("fitness", "best_case", "steps")))
         running = np.array(resume["running"])
         curves = {rung: np.array(scores) for rung, scores in resume["curves"]}
         run.keep(running.tolist())
@@ -146,6 +166,7 @@ def run_race(
     def describe_progress() -> dict[str, Any]:
         return {
             "fitness": result.fitness.tolist(),
+            "best_case": result.best_case.tolist(),
             "steps": result.steps.tolist(),
             "running": running.tolist(),
             "curves": [[rung, scores.tolist()] for rung, scores in curves.items()],
@@ -157,26 +178,54 @@ def run_race(
             continue
         run.advance(rung, at_safe_point and partial(at_safe_point, describe_progress))
         scores = run.evaluate("validation").metric
-        result.fitness[running] = scores
         result.steps[running] = rung
-        curves[rung] = result.fitness.copy()
+        result.fitness[running] = result.best_case[running] = scores
         if rung == num_steps:
             break
-        known = rung_scores.reached.setdefault(rung, [])
-        known.extend(scores[np.isfinite(scores)].tolist())
-        threshold = rung_scores.find_threshold(rung, num_steps, settings.reduction)
-        going = np.flatnonzero(scores <= threshold)
+        curves[rung] = np.full(size, np.nan)
+        curves[rung][running] = scores
+        going = _decide(result, running, rung, num_steps, finished, contests, rivals)
         if len(going) == 0:
             break
         if len(going) < len(running):
             run.keep(going.tolist())
             running = running[going]
-    finished = np.isfinite(result.fitness) & (result.steps == num_steps)
-    if settings.reduction > 1 and finished.any():
-        for rung, scores in curves.items():
-            rung_scores.finished.setdefault(rung, []).extend(scores[finished].tolist())
-    for p in np.flatnonzero(np.isfinite(result.fitness) & (result.steps < num_steps)):
-        result.fitness[p] = rung_scores.predict_end(
-            int(result.steps[p]), num_steps, float(result.fitness[p])
-        )
+    ended = np.isfinite(result.fitness) & (result.steps == num_steps)
+    if curves and ended.any():
+        for rung, at_rung in (curves | {num_steps: result.fitness}).items():
+            finished.scores.setdefault(rung, []).extend(at_rung[ended].tolist())
     return result
+
+
+def _decide(
+    result: RaceResult,
+    running: NDArray[np.int64],
+    rung: int,
+    num_steps: int,
+    finished: FinishedTrainings,
+    contests: Sequence[Contest],
+    rivals: Sequence[float],
+) -> NDArray[np.int64]:
+    """Return which of ``running`` go on; the others get their expected fitness and their best case in ``result``."""
+    scores = result.fitness[running]
+    sound = np.isfinite(scores)
+    if len(finished.scores.get(num_steps, [])) < FEWEST_ENDS:
+        return np.flatnonzero(sound)
+    forecasts = [
+        finished.forecast(rung, num_steps, score)
+        if fine
+        else Forecast(math.inf, math.nan, math.inf)
+        for score, fine in zip(scores.tolist(), sound, strict=True)
+    ]
+    best_case = np.concatenate([result.best_case, rivals])
+    worst_case = np.concatenate([result.fitness, rivals])
+    best_case[running] = [f.best_case for f in forecasts]
+    worst_case[running] = [f.worst_case for f in forecasts]
+    # who has diverged, here or at an earlier rung, is no rival
+    lost = np.isnan(worst_case)
+    best_case[lost] = worst_case[lost] = math.inf
+    goes_on = find_contenders(contests, best_case, worst_case)[running] & sound
+    for p, forecast, stops in zip(running, forecasts, sound & ~goes_on, strict=True):
+        if stops:
+            result.fitness[p], result.best_case[p] = forecast.expected, forecast.best_case
+    return np.flatnonzero(goes_on)

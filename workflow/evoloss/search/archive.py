@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from evoloss.engine.racing import RungScores
+from evoloss.engine.racing import FinishedTrainings
 from evoloss.expressions import Expression
 
 WORST = float("inf")
@@ -16,7 +16,8 @@ class Record:
 
     ``status`` is how it came: evaluated, stopped (by racing), rejected, zero_gradient, gradient_hits (an equal loss's
     fitness), diverged. ``expression`` is the loss with its tuned weights as constants, ``complexity`` the node count of
-    its GP ``tree``. ``spared`` are the training steps that racing spared it; unless 0, its fitness is predicted.
+    its GP ``tree``. ``spared`` are the training steps that racing spared it; unless 0, its fitness is predicted, and
+    ``best_case`` is what it may be at best.
     """
 
     tree: Expression
@@ -26,18 +27,19 @@ class Record:
     fitness: float
     generation: int
     spared: int = 0
+    best_case: float = WORST
 
 
 @dataclass
 class Archive:
     """Records by canonical key (symbolic equivalence), keys by gradient fingerprint (gradient equivalence).
 
-    ``rung_scores`` are what racing compares with.
+    ``finished`` are the trainings that racing predicts others from.
     """
 
     records: dict[str, Record] = field(default_factory=dict)
     key_by_gradient: dict[bytes, str] = field(default_factory=dict)
-    rung_scores: RungScores = field(default_factory=RungScores)
+    finished: FinishedTrainings = field(default_factory=FinishedTrainings)
 
     def pareto_front(self) -> list[Record]:
         """Return the accepted records that no other one beats in both fitness and complexity, best fitness first.

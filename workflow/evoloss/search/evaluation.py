@@ -14,7 +14,7 @@ import torch
 
 from evoloss.engine import Engine
 from evoloss.engine.filters import RejectionResult, has_zero_gradient, run_rejection_protocol
-from evoloss.engine.racing import run_race
+from evoloss.engine.racing import Contest, run_race
 from evoloss.engine.safe_point import SafePoint
 from evoloss.expressions import (
     Expression,
@@ -24,6 +24,7 @@ from evoloss.expressions import (
 )
 from evoloss.expressions.canonical import canonical_key
 from evoloss.search.archive import WORST, Archive, Record
+from evoloss.search.contests import Pending, enter_race, find_asked
 from evoloss.search.history import PHASES
 from evoloss.search.individuals import Individual, to_expression
 from evoloss.search.settings import SearchSettings
@@ -65,6 +66,8 @@ class Evaluation:
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self._at_safe_point = at_safe_point
         self._generation = 0
+        self._keys: list[str] = []
+        self._contests: Sequence[Contest] = ()
         self._resume: Mapping[str, Any] = {}
         self._tuned: list[Program] = []
         self._verdicts = RejectionResult(np.zeros(0, dtype=bool), [])
@@ -73,23 +76,30 @@ class Evaluation:
         self,
         population: Sequence[Individual],
         generation: int = 0,
+        contests: Sequence[Contest] = (),
         resume: Mapping[str, Any] | None = None,
     ) -> None:
-        """Give every individual its fitness; ``resume`` is the progress that ``at_safe_point`` was given for it."""
+        """Give every individual its fitness.
+
+        ``contests`` are between individuals, by their numbers: what racing must not change. ``resume`` is the progress
+        that ``at_safe_point`` was given for this population.
+        """
         self.counts = Counter()
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self._generation = generation
         self._resume = resume or {}
+        self._contests = contests
         trees = [to_expression(individual) for individual in population]
-        keys = [canonical_key(tree) for tree in trees]
+        self._keys = [canonical_key(tree) for tree in trees]
+        asked = find_asked(self._keys, contests, self.archive)
         fresh: dict[str, Expression] = {}
-        for key, tree in zip(keys, trees, strict=True):
-            if key in self.archive.records or key in fresh:
+        for key, tree in zip(self._keys, trees, strict=True):
+            if key in fresh or key not in asked:
                 self.counts["archive_hits"] += 1
             else:
                 fresh[key] = tree
         self._evaluate_fresh(fresh)
-        for individual, key in zip(population, keys, strict=True):
+        for individual, key in zip(population, self._keys, strict=True):
             individual.fitness.values = (self.archive.records[key].fitness,)
 
     def _remember(
@@ -100,11 +110,19 @@ class Evaluation:
         status: str,
         fitness: float,
         spared: int = 0,
+        best_case: float | None = None,
     ) -> None:
         self.counts[status] += 1
         tuned = program_to_expression(program) if self.settings.local_search else tree
         self.archive.records[key] = Record(
-            tree, tuned, tree.complexity, status, fitness, self._generation, spared
+            tree,
+            tuned,
+            tree.complexity,
+            status,
+            fitness,
+            self._generation,
+            spared,
+            fitness if best_case is None else best_case,
         )
 
     def _initial_program(self, key: str, tree: Expression) -> Program:
@@ -130,36 +148,35 @@ class Evaluation:
         clock = self._lap("local_search", clock)
         result = self._verdicts = self._run_rejection(programs)
         clock = self._lap("rejection", clock)
-        pending: list[tuple[str, Program, bytes]] = []
-        twins: list[tuple[str, Program, bytes]] = []
+        pending: list[Pending] = []
+        twins: list[Pending] = []
         first: set[bytes] = set()
         for key, program, rejected, gradient_key in zip(
             started, programs, result.rejected, result.gradient_keys, strict=True
         ):
             if rejected:
                 self._remember(key, fresh[key], program, "rejected", WORST)
-            elif gradient_key in self.archive.key_by_gradient or gradient_key in first:
-                twins.append((key, program, gradient_key))
+            elif gradient_key in first or self._is_trained(gradient_key):
+                twins.append(Pending(key, fresh[key], program, gradient_key))
             else:
                 first.add(gradient_key)
-                pending.append((key, program, gradient_key))
+                pending.append(Pending(key, fresh[key], program, gradient_key))
         self._run_fitness(
             pending,
-            fresh,
+            twins,
             self._resume.get("fitness"),
             self._reach_fitness_point if self._at_safe_point else None,
         )
         orphans = []
-        for key, program, gradient_key in twins:
-            twin = self.archive.key_by_gradient.get(gradient_key)
+        for loss in twins:
+            twin = self.archive.key_by_gradient.get(loss.gradient_key)
             if twin is None:  # its first twin diverged, which says nothing about this one
-                orphans.append((key, program, gradient_key))
+                orphans.append(loss)
             else:
                 known = self.archive.records[twin]
-                self._remember(
-                    key, fresh[key], program, "gradient_hits", known.fitness, known.spared
-                )
-        self._run_fitness(orphans, fresh)
+                found = known.fitness, known.spared, known.best_case
+                self._remember(loss.key, loss.tree, loss.program, "gradient_hits", *found)
+        self._run_fitness(orphans)
         self._lap("fitness", clock)
 
     def _run_local_search(self, programs: list[Program]) -> list[Program]:
@@ -206,20 +223,26 @@ class Evaluation:
             },
         )
 
+    def _is_trained(self, gradient_key: bytes) -> bool:
+        """Return whether a loss with these gradients was trained to the end."""
+        twin = self.archive.key_by_gradient.get(gradient_key)
+        return twin is not None and not self.archive.records[twin].spared
+
     def _run_fitness(
         self,
-        pending: list[tuple[str, Program, bytes]],
-        fresh: dict[str, Expression],
+        pending: Sequence[Pending],
+        twins: Sequence[Pending] = (),
         resume: dict[str, Any] | None = None,
         at_safe_point: SafePoint | None = None,
     ) -> None:
-        """Train with the losses (key, program, gradient fingerprint) and remember how they did."""
+        """Train with the losses and remember how they did."""
         race = run_race(
             self.engine,
-            [program for _, program, _ in pending],
+            [loss.program for loss in pending],
             self.settings.fitness_steps,
             self.settings.racing,
-            self.archive.rung_scores,
+            self.archive.finished,
+            *enter_race(self._keys, self._contests, self.archive, pending, twins),
             self.search_seed,
             "fitness",
             num_networks=self.settings.num_networks,
@@ -227,16 +250,18 @@ class Evaluation:
             at_safe_point=at_safe_point,
         )
         self.counts["training_steps"] += int(race.steps.sum())
-        for (key, program, gradient_key), fitness, steps in zip(
-            pending, race.fitness.tolist(), race.steps.tolist(), strict=True
+        found = (race.fitness, race.best_case, race.steps)
+        for loss, fitness, best_case, steps in zip(
+            pending, *(values.tolist() for values in found), strict=True
         ):
+            kept = loss.key, loss.tree, loss.program
             if not np.isfinite(fitness):
-                self._remember(key, fresh[key], program, "diverged", WORST)
+                self._remember(*kept, "diverged", WORST)
                 continue
             spared = self.settings.fitness_steps - steps
             status = "stopped" if spared else "evaluated"
-            self._remember(key, fresh[key], program, status, fitness, spared)
-            self.archive.key_by_gradient[gradient_key] = key
+            self._remember(*kept, status, fitness, spared, best_case)
+            self.archive.key_by_gradient[loss.gradient_key] = loss.key
 
     def _lap(self, phase: str, since: float) -> float:
         now = time.perf_counter()

@@ -14,6 +14,7 @@ from typing import Any
 
 from evoloss.checkpoint import Checkpoints
 from evoloss.engine import Engine
+from evoloss.engine.racing import Contest
 from evoloss.expressions import format_text
 from evoloss.search.archive import Archive, Record
 from evoloss.search.evaluation import Evaluation
@@ -26,8 +27,9 @@ from evoloss.search.search_state import (
     restore_archive,
     restore_random,
 )
+from evoloss.search.selection import Child, list_contests
 from evoloss.search.settings import SearchSettings
-from evoloss.seeding import derive_seed, global_random
+from evoloss.seeding import derive_seed, global_random, numpy_generator
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class GPSearch:
         checkpoints: Checkpoints | None = None,
     ) -> None:
         self.settings = settings
+        self._search_seed = search_seed
         self.evaluation = Evaluation(
             engine,
             settings,
@@ -78,7 +81,9 @@ class GPSearch:
         self._start()
         while True:
             started = time.perf_counter()
-            self.evaluation.evaluate(self._population, self._generation, self._resume)
+            plan = self._plan_children()
+            contests = self._list_contests(plan)
+            self.evaluation.evaluate(self._population, self._generation, contests, self._resume)
             row = describe_generation(
                 self._generation,
                 self._population,
@@ -92,11 +97,22 @@ class GPSearch:
             if self._generation == self.settings.num_generations:
                 return SearchResult(self.archive.pareto_front(), self._history)
             with global_random(self._random):
-                self._population = self.variation.next_generation(self._population)
+                self._population = self.variation.next_generation(self._population, plan)
             self._generation += 1
             self._resume = {}
             if self._checkpoints is not None:
                 self._checkpoints.reach_safe_point(lambda: self._describe_state({}), due=True)
+
+    def _plan_children(self) -> list[Child]:
+        """Return how the current generation's children come about; the last one has none."""
+        if self._generation == self.settings.num_generations:
+            return []
+        stream = numpy_generator(self._search_seed, "selection", self._generation)
+        return self.variation.plan_children(self.settings.population_size, stream)
+
+    def _list_contests(self, plan: list[Child]) -> list[Contest]:
+        size = self.settings.population_size
+        return list_contests(plan, self.variation.num_elite(size), size) if plan else []
 
     def _start(self) -> None:
         state = self._checkpoints.load() if self._checkpoints is not None else None

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from deap import base, gp, tools
 
 from evoloss.expressions import OPERATORS, Expression, F, Y, call, constant
 from evoloss.expressions.operators import CONSTANT, LABEL, PREDICTION
+from evoloss.search.selection import Child, plan_children
 
 ARITHMETIC = ("add", "sub", "mul", "aq")
 
@@ -148,33 +150,37 @@ class Variation:
             for _ in range(size)
         ]
 
-    def _select(self, population: list[Individual]) -> Individual:
-        s = self.settings
-        (winner,) = tools.selDoubleTournament(
-            population, 1, s.tournament_size, s.parsimony_size, fitness_first=True
-        )
-        return Individual(winner)
-
     def _grow(self, pset: gp.PrimitiveSet, type_: Any = None) -> Any:
         return gp.genGrow(pset, 0, 2, type_)
 
-    def next_generation(self, population: list[Individual]) -> list[Individual]:
-        """Return the next population, of the same size: the elite unchanged, then varied tournament winners."""
+    def num_elite(self, size: int) -> int:
+        """Return how many of the best of ``size`` individuals survive unchanged."""
+        rate = self.settings.elitism_rate
+        return max(1, round(rate * size)) if rate > 0 else 0
+
+    def plan_children(self, size: int, generator: np.random.Generator) -> list[Child]:
+        """Draw how the individuals that follow the elite come from a population of ``size``."""
         s = self.settings
-        size = len(population)
-        num_elite = max(1, round(s.elitism_rate * size)) if s.elitism_rate > 0 else 0
-        children = [Individual(best) for best in tools.selBest(population, num_elite)]
-        while len(children) < size:
-            draw = random.random()
-            if draw < s.crossover_rate:
-                # one of the two children, as in DEAP's varOr: else the shares would not be the rates
-                child, _ = self._crossover(self._select(population), self._select(population))
-                children.append(self._finish(child))
-            elif draw < s.crossover_rate + s.mutation_rate:
-                mutant = self._mutate(
-                    self._select(population), expr=self._grow, pset=self.primitives
-                )
-                children.append(self._finish(mutant[0]))
-            else:
-                children.append(self._select(population))
-        return children
+        rates = s.crossover_rate, s.mutation_rate
+        return plan_children(
+            size - self.num_elite(size), size, s.tournament_size, *rates, generator
+        )
+
+    def next_generation(
+        self, population: Sequence[Individual], plan: Sequence[Child]
+    ) -> list[Individual]:
+        """Return the next population, of the same size: the elite unchanged, then the planned children."""
+        best = tools.selBest(population, self.num_elite(len(population)))
+        return [Individual(i) for i in best] + [self._make(child, population) for child in plan]
+
+    def _make(self, child: Child, population: Sequence[Individual]) -> Individual:
+        size = self.settings.parsimony_size
+        parents = [Individual(population[p.select(population, size)]) for p in child.parents]
+        if child.kind == "crossover":
+            # one of the two children, as in DEAP's varOr: else the shares would not be the rates
+            made, _ = self._crossover(*parents)
+        elif child.kind == "mutation":
+            (made,) = self._mutate(*parents, expr=self._grow, pset=self.primitives)
+        else:
+            return parents[0]
+        return self._finish(made)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
-from evoloss.engine.racing import RungScores
+from evoloss.engine.racing import FinishedTrainings
 from evoloss.expressions import Expression, format_text, parse_expression
 from evoloss.search.archive import Archive, Record
 
@@ -21,7 +20,7 @@ def parse_tree(text: str) -> Expression:
 
 
 def describe_archive(archive: Archive, before: int) -> dict[str, Any]:
-    """Return the archive as it was before generation ``before``, but with all scores at racing's rungs.
+    """Return the archive as it was before generation ``before``, but with all finished trainings.
 
     A generation that is resumed evaluates its candidates again from what the checkpoint knows of them.
     """
@@ -37,6 +36,7 @@ def describe_archive(archive: Archive, before: int) -> dict[str, Any]:
                 record.fitness,
                 record.generation,
                 record.spared,
+                record.best_case,
             ]
             for key, record in records.items()
         ],
@@ -45,10 +45,7 @@ def describe_archive(archive: Archive, before: int) -> dict[str, Any]:
             for gradient, key in archive.key_by_gradient.items()
             if key in records
         ],
-        "rung_scores": {
-            name: [[rung, list(scores)] for rung, scores in known.items()]
-            for name, known in asdict(archive.rung_scores).items()
-        },
+        "finished": [[rung, list(scores)] for rung, scores in archive.finished.scores.items()],
     }
 
 
@@ -61,12 +58,7 @@ def restore_archive(state: Mapping[str, Any]) -> Archive:
     return Archive(
         records,
         {bytes.fromhex(gradient): key for gradient, key in state["key_by_gradient"]},
-        RungScores(
-            **{
-                name: {rung: list(scores) for rung, scores in known}
-                for name, known in state["rung_scores"].items()
-            }
-        ),
+        FinishedTrainings({rung: list(scores) for rung, scores in state["finished"]}),
     )
 
 

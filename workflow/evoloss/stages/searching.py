@@ -54,7 +54,7 @@ def build_search_settings(
         else None,
         initial_deviation=local_search.get("initial_deviation", 0.0),
         num_networks=search["num_networks"],
-        racing=RacingSettings(search["racing_reduction"], search["racing_first_rung"]),
+        racing=RacingSettings(tuple(search["racing_rungs"])),
     )
 
 
