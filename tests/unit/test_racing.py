@@ -17,6 +17,7 @@ from benchmarks.racing import compare, summarise
 from evoloss.engine import Engine, TrainingSettings
 from evoloss.engine.filters import RejectionSettings
 from evoloss.engine.racing import (
+    MARGIN,
     Contest,
     FinishedTrainings,
     Forecast,
@@ -153,21 +154,39 @@ def test_without_rungs_it_is_the_plain_fitness(model_name: str) -> None:
     assert finished == FinishedTrainings()
 
 
+@pytest.mark.parametrize("margin", [0.0, MARGIN])
 @pytest.mark.parametrize("model_name", ["linear", "mlp"])
-def test_every_score_is_that_of_plain_training_up_to_its_step(model_name: str) -> None:
-    """And where trainings end as they were, the worse scores stop: one contest here is for three places."""
+def test_every_score_is_that_of_plain_training_up_to_its_step(
+    model_name: str, margin: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where trainings end as they were, those stop that are worse, by the margin, than enough others."""
+    monkeypatch.setattr("evoloss.engine.racing.MARGIN", margin)
     engine, known = make_engine(model_name), know_ends()
-    contests = [Contest(frozenset(range(7)), 3), Contest(frozenset([3, 5]))]
-    result = race(engine, FORMULAS, finished=known, contests=contests)
     curve = measure_curve(engine, FORMULAS)
-    scores = [curve[step][p] for p, step in enumerate(result.steps.tolist())]
+    first, second, _ = RACING.list_rungs(NUM_STEPS)
+    rivals = [0.75 * np.median(curve[first]), 0.75 * np.median(curve[second])]
+    contests = [
+        Contest(frozenset(range(9)), 3),
+        Contest(frozenset([3, 5])),
+        Contest(frozenset([0, 1, 4, 7, 8])),
+    ]
+    result = race(engine, FORMULAS, finished=known, contests=contests, rivals=rivals)
+    scores = np.array([curve[step][p] for p, step in enumerate(result.steps.tolist())])
     np.testing.assert_allclose(result.fitness, scores, rtol=1e-12)
-    np.testing.assert_allclose(result.best_case, scores, rtol=1e-12)
+    best_case = np.where(result.steps < NUM_STEPS, 1 - margin, 1.0) * scores
+    np.testing.assert_allclose(result.best_case, best_case, rtol=1e-12)
     running = set(range(7))
-    for rung in RACING.list_rungs(NUM_STEPS)[:-1]:
-        at = curve[rung]
-        going = {p for p in running if (at[list(running)] < at[p]).sum() < 3}
-        going |= {p for p, q in ((3, 5), (5, 3)) if p in running and at[p] <= at[q]}
+    for rung in (first, second):
+        # who left before competes with the score that it had
+        worst = [*(curve[rung][p] if p in running else scores[p] for p in range(7)), *rivals]
+        going = {
+            p
+            for p in running
+            for contest in contests
+            if p in contest.entrants
+            and sum(worst[q] < (1 - margin) * curve[rung][p] for q in contest.entrants)
+            < contest.places
+        }
         assert {p for p in range(7) if result.steps[p] == rung} == running - going
         running = going
     assert set(result.steps.tolist()) > {NUM_STEPS}
@@ -243,10 +262,10 @@ def test_a_race_that_all_leave_ends() -> None:
 @pytest.mark.parametrize(
     ("score", "expected"),
     [
-        (0.8, Forecast(0.8 * 0.25, 0.8 * 0.5, 0.8 * 0.9)),
-        (0.4, Forecast(0.4 * 0.25, 0.4 * 0.5, 0.4 * 0.9)),
+        (0.8, Forecast((1 - MARGIN) * 0.8 * 0.25, 0.8 * 0.5, 0.8 * 0.9)),
+        (0.4, Forecast((1 - MARGIN) * 0.4 * 0.25, 0.4 * 0.5, 0.4 * 0.9)),
         # not expected to be as good as the best
-        (0.2, Forecast(0.2 * 0.25, math.nextafter(0.15, 1.0), 0.2 * 0.9)),
+        (0.2, Forecast((1 - MARGIN) * 0.2 * 0.25, math.nextafter(0.15, 1.0), 0.2 * 0.9)),
         (0.0, Forecast(-math.inf, math.nextafter(0.15, 1.0), math.inf)),
     ],
 )
@@ -260,10 +279,10 @@ def test_a_candidate_is_expected_to_go_on_as_others_did(score: float, expected: 
 
 def test_a_forecast_follows_those_with_similar_scores() -> None:
     """The good ones halve, the bad ones stay as they are; all of the bad ones are as near as each other."""
-    good, bad = [(0.1 + 0.001 * i) for i in range(30)], [0.9] * 22
+    good, bad = [(0.1 + 0.001 * i) for i in range(20)], [0.9] * 12
     ends = [0.5 * at for at in good] + bad
     known = FinishedTrainings({4: good + bad, NUM_STEPS: ends})
-    assert known.forecast(4, NUM_STEPS, 0.8) == Forecast(0.8, 0.8, 0.8)
+    assert known.forecast(4, NUM_STEPS, 0.8) == Forecast((1 - MARGIN) * 0.8, 0.8, 0.8)
     assert known.forecast(4, NUM_STEPS, 0.13).worst_case == pytest.approx(0.065)
     turned = FinishedTrainings({4: (good + bad)[::-1], NUM_STEPS: ends[::-1]})
     for score in (0.11, 0.3, 0.5, 0.7):
@@ -291,7 +310,7 @@ def test_a_race_predicts_whom_it_stops() -> None:
 def make_search(racing: RacingSettings = RACING, seed: int = 0) -> GPSearch:
     settings = SearchSettings(
         population_size=20,
-        num_generations=4,
+        num_generations=8,
         fitness_steps=NUM_STEPS,
         variation=VariationSettings(4, 1.4, 0.70, 0.25, 0.05, 2, 4, 10),
         rejection=RejectionSettings(40, 40, 0.05, 2),
@@ -365,9 +384,9 @@ def evaluate(search: GPSearch, formulas: Sequence[str], contests: Sequence[Conte
 
 def test_a_stopped_loss_that_comes_back_is_trained_where_it_may_win() -> None:
     search = make_search()
-    search.archive.finished = know_ends()
     pair = [Contest(frozenset([0, 1]))]
     assert evaluate(search, [GOOD], []) == ["evaluated"]
+    search.archive.finished = know_ends()  # without the one that improved
     assert evaluate(search, [GOOD, BAD], pair) == ["evaluated", "stopped"]
     key = canonical_key(parse_expression(BAD))
     stopped = search.archive.records[key]
@@ -390,8 +409,8 @@ def test_a_stopped_loss_that_comes_back_is_trained_where_it_may_win() -> None:
 def test_a_gradient_twin_shares_the_fate_and_its_contests_count() -> None:
     def meet(contests: list[Contest]) -> tuple[GPSearch, list[str]]:
         search = make_search()
-        search.archive.finished = know_ends()
         evaluate(search, [GOOD], [])
+        search.archive.finished = know_ends()
         return search, evaluate(search, [GOOD, BAD, TWIN], contests)
 
     search, statuses = meet([Contest(frozenset([0, 1])), Contest(frozenset([0, 2]))])
@@ -410,8 +429,8 @@ def test_a_gradient_twin_shares_the_fate_and_its_contests_count() -> None:
 def test_what_may_be_on_the_front_is_trained_to_the_end() -> None:
     """A simpler loss than all known ones, however bad."""
     search = make_search()
-    search.archive.finished = know_ends()
     assert evaluate(search, [GOOD], []) == ["evaluated"]
+    search.archive.finished = know_ends()
     assert evaluate(search, [BAD, "abs(sub(y, f(x)))"], []) == ["stopped", "evaluated"]
     values = [record.fitness for record in search.archive.records.values()]
     assert values[0] < values[2] < values[1]

@@ -35,8 +35,14 @@ if TYPE_CHECKING:
 FEWEST_ENDS = 3
 """A search that knows fewer candidates trained to the end stops nobody."""
 
-NEIGHBOURS = 20
-"""Candidates trained to the end that a forecast comes from: fewer stop more, and change more (benchmarks/README.md)."""
+NEIGHBOURS = 9
+"""Candidates trained to the end that a forecast comes from."""
+
+MARGIN = 0.2
+"""Share by which a candidate's best case is better than what any of these would have made of its score.
+
+Fewer neighbours and smaller margins stop more candidates and change more tournaments (benchmarks/README.md).
+"""
 
 
 @dataclass(frozen=True)
@@ -88,9 +94,10 @@ class FinishedTrainings:
     def forecast(self, rung: int, num_steps: int, score: float) -> Forecast:
         """Return what a score at a rung lets expect at the end, from the `NEIGHBOURS` with the nearest scores there.
 
-        Their ratios of end to score give the bounds (least, greatest) and the expectation (median). Far away others
-        change otherwise: what has learned nothing yet seldom starts to, while what does well becomes better. The
-        expectation is worse than the best of all ends, so no search keeps a stopped candidate in that one's place.
+        Their ratios of end to score give the bounds (the least, less `MARGIN`, and the greatest) and the expectation
+        (median). Others change otherwise: what has learned nothing yet seldom starts to, while what does well becomes
+        better. The expectation is worse than the best of all ends, so no search keeps a stopped candidate in that
+        one's place.
         """
         ends = self.scores[num_steps]
         known = [(at, end) for at, end in zip(self.scores[rung], ends, strict=True) if at > 0]
@@ -101,7 +108,7 @@ class FinishedTrainings:
         reach = sorted(abs(at - score) for at, _ in known)[:NEIGHBOURS][-1]
         ratios = [end / at for at, end in known if abs(at - score) <= reach]
         expected = max(least, score * statistics.median(ratios))
-        return Forecast(score * min(ratios), expected, score * max(ratios))
+        return Forecast((1 - MARGIN) * score * min(ratios), expected, score * max(ratios))
 
 
 @dataclass(frozen=True)

@@ -104,15 +104,13 @@ class GPSearch:
                 self._checkpoints.reach_safe_point(lambda: self._describe_state({}), due=True)
 
     def _plan_children(self) -> list[Child]:
-        """Return how the current generation's children come about; the last one has none."""
-        if self._generation == self.settings.num_generations:
-            return []
+        """Return how the current generation's children come about, or would, if it is the last one."""
         stream = numpy_generator(self._search_seed, "selection", self._generation)
         return self.variation.plan_children(self.settings.population_size, stream)
 
     def _list_contests(self, plan: list[Child]) -> list[Contest]:
         size = self.settings.population_size
-        return list_contests(plan, self.variation.num_elite(size), size) if plan else []
+        return list_contests(plan, self.variation.num_elite(size), size)
 
     def _start(self) -> None:
         state = self._checkpoints.load() if self._checkpoints is not None else None
