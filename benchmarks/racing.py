@@ -17,13 +17,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.machine import describe_machine
 from benchmarks.racing_workloads import RUNGS, WORKLOADS
 from benchmarks.report import format_section, keep_section
+from benchmarks.tournaments import count_changed, list_tournaments
 from evoloss.engine import Engine
 from evoloss.engine.racing import RacingSettings
 from evoloss.expressions import compile_expression, parse_expression
@@ -41,18 +42,30 @@ BUDGETS = {"equal_generations": "generation", "equal_steps": "steps", "equal_tim
 """What searches are compared at: the key of a history row that counts it."""
 
 
+class StoppedLoss(NamedTuple):
+    """Key and generation of a loss that racing stopped, and its fitness after the full training."""
+
+    key: str
+    generation: int
+    fitness: float
+
+
 class _EnoughError(Exception):
     """Ends a search that has had its generations, its training steps and its time."""
 
 
 def run_search(search: GPSearch, enough: Callable[[Row], bool] = lambda row: False) -> list[Row]:
-    """Return the history, with the sums so far as ``cpu_seconds`` and ``steps``; it ends once a row is ``enough``."""
+    """Return the history; it ends once a row is ``enough``.
+
+    Rows also have ``cpu_seconds`` and ``steps``, summed so far, and ``tournaments``, which the generation's are.
+    """
     rows: list[Row] = []
     started = time.process_time()
 
     def keep(row: Row) -> None:
         steps = row["training_steps"] + (rows[-1]["steps"] if rows else 0)
-        rows.append({**row, "cpu_seconds": time.process_time() - started, "steps": steps})
+        more = {"cpu_seconds": time.process_time() - started, "steps": steps}
+        rows.append({**row, **more, "tournaments": list_tournaments(search)})
         if enough(rows[-1]):
             raise _EnoughError
 
@@ -65,12 +78,15 @@ def run_search(search: GPSearch, enough: Callable[[Row], bool] = lambda row: Fal
 
 def train_stopped(
     engine: Engine, archive: Archive, num_steps: int, seed: int, num_networks: int = 1
-) -> list[tuple[int, float]]:
-    """Train the losses that racing stopped to the end after all; return generation and fitness of each."""
-    stopped = [record for record in archive.records.values() if record.status == "stopped"]
-    programs = [compile_expression(record.expression) for record in stopped]
+) -> list[StoppedLoss]:
+    """Train the losses that racing stopped, and their gradient twins, to the end after all."""
+    stopped = {key: record for key, record in archive.records.items() if record.spared}
+    programs = [compile_expression(record.expression) for record in stopped.values()]
     found = engine.compute_fitness(programs, num_steps, seed, "fitness", num_networks=num_networks)
-    return list(zip((record.generation for record in stopped), found.tolist(), strict=True))
+    return [
+        StoppedLoss(key, record.generation, fitness)
+        for (key, record), fitness in zip(stopped.items(), found.tolist(), strict=True)
+    ]
 
 
 def describe(
@@ -78,14 +94,16 @@ def describe(
     rows: Sequence[Row],
     num_steps: int,
     trainings: int,
-    stopped: Sequence[tuple[int, float]] = (),
+    stopped: Sequence[StoppedLoss] = (),
 ) -> Row:
     """Return fitness and test error of the best loss after the last of ``rows``, and what it took to find.
 
-    ``stopped`` is `train_stopped`'s: ``missed`` counts those that are better than the best loss found by then.
+    ``stopped`` is `train_stopped`'s: ``missed`` counts those that are better than the best loss found by then,
+    ``tournaments_changed`` the tournaments that would have had another winner.
     """
     best = rows[-1]
-    by_then = [fitness for generation, fitness in stopped if generation <= best["generation"]]
+    tournaments = [t for row in rows for t in row["tournaments"]]
+    by_then = [loss.fitness for loss in stopped if loss.generation <= best["generation"]]
     trained = sum(row["evaluated"] + row["stopped"] + row["diverged"] for row in rows)
     errors = [float("nan")]
     if best["best_expression"]:
@@ -105,6 +123,8 @@ def describe(
         "candidates_trained": trained,
         "stopped": len(by_then),
         "missed": sum(fitness < best["best_fitness"] for fitness in by_then),
+        "tournaments": len(tournaments),
+        "tournaments_changed": count_changed(tournaments, {s.key: s.fitness for s in stopped}),
         "share_of_steps_spared": 1 - sum(r["training_steps"] for r in rows) / (trained * num_steps)
         if trained
         else 0.0,
@@ -147,7 +167,7 @@ def summarise(results: Sequence[dict[str, Row]]) -> dict[str, dict[str, Any]]:
         summary[name]["time_ratio"] = statistics.fmean(
             r[name]["cpu_seconds"] / r["off"]["cpu_seconds"] for r in results
         )
-        for key in ("stopped", "missed"):
+        for key in ("stopped", "missed", "tournaments", "tournaments_changed"):
             summary[name][key] = sum(r[name][key] for r in results)
     return summary
 

@@ -163,14 +163,14 @@ def format_racing(results: Mapping[str, Any]) -> str:
                     *(format_difference(summary[key]) for key in ("fitness", "test_error")),
                     f"{summary['share_of_steps_spared']:.0%}",
                     f"{summary['time_ratio']:.2f}",
-                    # files of 0.2.4 and before do not have it
-                    f"{summary['stopped']}, {summary['missed']}" if "stopped" in summary else "?",
+                    f"{summary['stopped']}, {summary['missed']}",
+                    f"{summary['tournaments_changed']} of {summary['tournaments']}",
                 ]
             )
     header = [
         "search", "candidates x generations", "meta-steps + training steps", "learning rate", "seeds", "compared at",
         "best fitness, difference", "test error, difference", "training steps spared", "processor time, ratio",
-        "stopped, of these better than the search's best",
+        "stopped, of these better than the search's best", "tournaments decided otherwise",
     ]  # fmt: skip
     return make_table(header, rows)
 

@@ -23,6 +23,7 @@ from benchmarks.point import Point, PointError, measure_point, run_point
 from benchmarks.scaling import Ranges, fit_slope, measure_scaling
 from benchmarks.search import read_paper_search, run_search
 from benchmarks.timing import DisagreementError, TimingOptions, measure_workload
+from benchmarks.tournaments import count_changed
 from benchmarks.workloads import WORKLOADS, Workload, make_workload
 from benchmarks.xor import OPERATORS, make_xor_search, make_xor_task
 from evoloss.errors import DataError, ModelError
@@ -226,14 +227,14 @@ def test_racing_is_compared_with_the_same_search_without(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workload = make_toy_workload("mlp")
-    search = replace(racing_workloads.make_small_search(1), population_size=8)
+    search = replace(racing_workloads.make_small_search(1), population_size=16)
     toy = racing_workloads.RacingWorkload(
         workload.make_task, "mlp", workload.settings, search, {"widths": (8, 8)}
     )
     monkeypatch.setattr("benchmarks.racing.WORKLOADS", {"toy": lambda: toy, "other": lambda: toy})
     path = tmp_path / "results.json"
     path.write_text('{"kept": 1}')
-    budget = ["--generations", "4", "--meta-steps", "2", "--fitness-steps", "8", "--seeds", "2"]
+    budget = ["--generations", "8", "--meta-steps", "2", "--fitness-steps", "8", "--seeds", "2"]
     budget += ["--learning-rate", "0.1"]
     for name in ("toy", "other"):
         assert racing.main(["--workloads", name, *budget, "--json", str(path)]) == 0
@@ -245,7 +246,7 @@ def test_racing_is_compared_with_the_same_search_without(
     assert toy_result["search"]["local_search"]["meta_steps"] == 2
     for seed in toy_result["seeds"]:
         assert seed["off"]["share_of_steps_spared"] == 0.0
-        assert seed["off"]["generation"] == seed["equal_generations"]["generation"] == 4
+        assert seed["off"]["generation"] == seed["equal_generations"]["generation"] == 8
     # the first generation is not raced, and few candidates may leave nobody to stop
     spared = [s["equal_generations"]["share_of_steps_spared"] for s in toy_result["seeds"]]
     assert 0.0 < max(spared) < 1.0
@@ -263,12 +264,12 @@ def test_racing_is_compared_with_the_same_search_without(
             for name in ("off", "equal_steps")
         ]
         assert steps[1] <= steps[0]
-        assert seed["equal_steps"]["generation"] >= 4
+        assert seed["equal_steps"]["generation"] >= 8
         assert seed["off"]["stopped"] == 0
         assert seed["equal_time"]["missed"] <= seed["equal_time"]["stopped"]
     assert toy_result["summary"]["equal_generations"]["stopped"] > 0
     printed = capsys.readouterr().out
-    assert "| toy | 8 x 4 | 2 + 8 | 0.1 | 2 | equal steps | " in printed
+    assert "| toy | 16 x 8 | 2 + 8 | 0.1 | 2 | equal steps | " in printed
     with pytest.raises(SystemExit):
         racing.main(["--seeds", "1"])
     assert "--seeds is 1; a comparison needs at least 2" in capsys.readouterr().err
@@ -283,14 +284,42 @@ def test_stopped_losses_are_trained_to_the_end_as_the_search_does() -> None:
     trained = {k: r for k, r in search.archive.records.items() if r.status == "evaluated"}
     assert racing.train_stopped(engine, search.archive, 8, 1) == []
     for key, record in trained.items():
-        search.archive.records[key] = replace(record, status="stopped")
+        search.archive.records[key] = replace(record, status="stopped", spared=4)
     stopped = racing.train_stopped(engine, search.archive, 8, 1)
-    assert [generation for generation, _ in stopped] == [r.generation for r in trained.values()]
+    assert [loss[:2] for loss in stopped] == [(k, r.generation) for k, r in trained.items()]
     expected = [record.fitness for record in trained.values()]
-    np.testing.assert_allclose([fitness for _, fitness in stopped], expected, rtol=1e-5)
+    np.testing.assert_allclose([loss.fitness for loss in stopped], expected, rtol=1e-5)
     best = rows[-1]["best_fitness"]
-    found = racing.describe(engine, rows, 8, 1, [(0, best - 1), (2, best), (3, best - 1)])
+    losses = [
+        racing.StoppedLoss(*loss)
+        for loss in (("a", 0, best - 1), ("b", 2, best), ("c", 3, best - 1))
+    ]
+    found = racing.describe(engine, rows, 8, 1, losses)
     assert (found["stopped"], found["missed"]) == (2, 1)
+    assert found["tournaments_changed"] == 0 < found["tournaments"]
+
+
+def test_tournaments_that_full_trainings_would_decide_otherwise_are_counted() -> None:
+    settings = replace(racing_workloads.make_small_search(8), population_size=8)
+    search = GPSearch(make_toy_workload("mlp").build_engine(CPU), settings, 1)
+    (row,) = racing.run_search(search, lambda row: True)
+    tournaments = row["tournaments"]
+    plan = [t for c in search.plan_children() for p in c.parents for t in p.tournaments]
+    assert [len(tournament) for tournament in tournaments] == [4] * len(plan)
+    winners = [min(tournament, key=lambda entrant: entrant[1])[0] for tournament in tournaments]
+    assert count_changed(tournaments, {}) == 0
+    often = max(winners, key=winners.count)
+    others_finish = [
+        any(key != often and np.isfinite(fitness) for key, fitness in tournament)
+        for tournament in tournaments
+    ]
+    expected = sum(w == often and o for w, o in zip(winners, others_finish, strict=True))
+    assert count_changed(tournaments, {often: float("nan")}) == expected > 0
+    loser = next(key for t in tournaments for key, _ in t if key not in winners)
+    present = sum(any(key == loser for key, _ in tournament) for tournament in tournaments)
+    assert count_changed(tournaments, {loser: -1.0}) == present > 0
+    a, b = tournaments[0][0], ("b", tournaments[0][0][1])
+    assert count_changed([(a, b)], {}) == 0  # equals
 
 
 def test_differences_that_are_not_finite_are_left_out() -> None:

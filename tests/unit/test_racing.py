@@ -328,7 +328,7 @@ def test_a_search_goes_as_without_racing() -> None:
         plain, raced = make_search(RacingSettings(), seed), make_search(RACING, seed)
         expected, found = plain.run(), raced.run()
         spared += sum(row["stopped"] for row in found.history)
-        trees = [[list(i) for i in search._population] for search in (plain, raced)]
+        trees = [[list(i) for i in search.population] for search in (plain, raced)]
         same += trees[0] == trees[1] and expected.front == found.front
     assert spared > 10
     assert same >= 5

@@ -43,6 +43,7 @@ class SearchResult:
 class GPSearch:
     """One search with one seed. ``on_generation`` is called with each finished history row.
 
+    ``population`` are the individuals of the current generation.
     With ``checkpoints`` it saves its state after every generation and, within one, at the checkpoints' interval; it
     goes on from there, with the result of an undisturbed search (the history's seconds are those of one process).
     """
@@ -66,7 +67,7 @@ class GPSearch:
         self.variation = Variation(settings.variation)
         self._random = random.Random(derive_seed(search_seed, "genetic programming"))
         self._generation = 0
-        self._population: list[Individual] = []
+        self.population: list[Individual] = []
         self._history: list[dict[str, Any]] = []
         self._checkpoints = checkpoints
         self._resume: dict[str, Any] = {}
@@ -81,12 +82,12 @@ class GPSearch:
         self._start()
         while True:
             started = time.perf_counter()
-            plan = self._plan_children()
+            plan = self.plan_children()
             contests = self._list_contests(plan)
-            self.evaluation.evaluate(self._population, self._generation, contests, self._resume)
+            self.evaluation.evaluate(self.population, self._generation, contests, self._resume)
             row = describe_generation(
                 self._generation,
-                self._population,
+                self.population,
                 self.archive,
                 self.evaluation.counts,
                 self.evaluation.seconds | {"total": time.perf_counter() - started},
@@ -97,13 +98,13 @@ class GPSearch:
             if self._generation == self.settings.num_generations:
                 return SearchResult(self.archive.pareto_front(), self._history)
             with global_random(self._random):
-                self._population = self.variation.next_generation(self._population, plan)
+                self.population = self.variation.next_generation(self.population, plan)
             self._generation += 1
             self._resume = {}
             if self._checkpoints is not None:
                 self._checkpoints.reach_safe_point(lambda: self._describe_state({}), due=True)
 
-    def _plan_children(self) -> list[Child]:
+    def plan_children(self) -> list[Child]:
         """Return how the current generation's children come about, or would, if it is the last one."""
         stream = numpy_generator(self._search_seed, "selection", self._generation)
         return self.variation.plan_children(self.settings.population_size, stream)
@@ -116,14 +117,14 @@ class GPSearch:
         state = self._checkpoints.load() if self._checkpoints is not None else None
         if state is None:
             with global_random(self._random):
-                self._population = self.variation.initial_population(self.settings.population_size)
+                self.population = self.variation.initial_population(self.settings.population_size)
             return
         self._generation = state["generation"]
         self._history = state["history"]
         self._resume = state["progress"]
         self.evaluation.archive = restore_archive(state["archive"])
         restore_random(self._random, state["random"])
-        self._population = [
+        self.population = [
             self.variation.build_individual(parse_tree(tree)) for tree in state["population"]
         ]
 
@@ -138,6 +139,6 @@ class GPSearch:
             "history": self._history,
             "archive": describe_archive(self.archive, before=self._generation),
             "random": describe_random(self._random),
-            "population": [format_text(to_expression(i)) for i in self._population],
+            "population": [format_text(to_expression(i)) for i in self.population],
             "progress": progress,
         }
