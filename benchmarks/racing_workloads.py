@@ -17,7 +17,7 @@ from evoloss.search.settings import SearchSettings
 from evoloss.tasks import Task
 
 RUNGS = (0.25, 0.5)
-"""Where the default preset's races stop candidates."""
+"""Where races stop candidates, if nothing else is asked for."""
 
 
 @dataclass(frozen=True)
