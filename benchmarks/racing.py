@@ -14,9 +14,10 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -79,8 +80,8 @@ def run_search(search: GPSearch, enough: Callable[[Row], bool] = lambda row: Fal
 def train_stopped(
     engine: Engine, archive: Archive, num_steps: int, seed: int, num_networks: int = 1
 ) -> list[StoppedLoss]:
-    """Train the losses that racing stopped, and their gradient twins, to the end after all."""
-    stopped = {key: record for key, record in archive.records.items() if record.spared}
+    """Train the losses that racing stopped for good to the end after all; their gradient twins stand for themselves."""
+    stopped = {k: r for k, r in archive.records.items() if r.spared and r.twin_of is None}
     programs = [compile_expression(record.expression) for record in stopped.values()]
     found = engine.compute_fitness(programs, num_steps, seed, "fitness", num_networks=num_networks)
     return [
@@ -89,17 +90,28 @@ def train_stopped(
     ]
 
 
+def find_true_fitness(archive: Archive, stopped: Sequence[StoppedLoss]) -> dict[str, float]:
+    """Return by key what every loss's fitness is, or would be after the full training; ``stopped`` is all of those."""
+    known = {loss.key: loss.fitness for loss in stopped}
+    return {
+        key: known.get(archive.find_owner(key), record.fitness)
+        for key, record in archive.records.items()
+    }
+
+
 def describe(
     engine: Engine,
     rows: Sequence[Row],
     num_steps: int,
     trainings: int,
     stopped: Sequence[StoppedLoss] = (),
+    true_fitness: Mapping[str, float] = MappingProxyType({}),
 ) -> Row:
     """Return fitness and test error of the best loss after the last of ``rows``, and what it took to find.
 
-    ``stopped`` is `train_stopped`'s: ``missed`` counts those that are better than the best loss found by then,
-    ``tournaments_changed`` the tournaments that would have had another winner.
+    ``stopped`` is `train_stopped`'s: ``missed`` counts those that are better than the best loss found by then.
+    ``true_fitness`` is `find_true_fitness`'s: ``tournaments_changed`` counts the tournaments that would have had
+    another winner.
     """
     best = rows[-1]
     tournaments = [t for row in rows for t in row["tournaments"]]
@@ -121,10 +133,10 @@ def describe(
         "test_error": statistics.fmean(errors),
         "complexity": best["best_complexity"],
         "candidates_trained": trained,
-        "stopped": len(by_then),
+        "stopped": sum(row["stopped"] for row in rows),
         "missed": sum(fitness < best["best_fitness"] for fitness in by_then),
         "tournaments": len(tournaments),
-        "tournaments_changed": count_changed(tournaments, {s.key: s.fitness for s in stopped}),
+        "tournaments_changed": count_changed(tournaments, true_fitness),
         "share_of_steps_spared": 1 - sum(r["training_steps"] for r in rows) / (trained * num_steps)
         if trained
         else 0.0,
@@ -144,11 +156,12 @@ def compare(
         search, lambda row: all(row[key] >= budgets[budget] for budget, key in BUDGETS.items())
     )
     stopped = train_stopped(engine, search.archive, num_steps, seed, settings.num_networks)
+    known = (stopped, find_true_fitness(search.archive, stopped))
     histories = {"off": off}
     for budget, key in BUDGETS.items():
         histories[budget] = [row for row in on if row[key] <= budgets[budget]] or on[:1]
     return {
-        name: describe(engine, rows, num_steps, trainings, () if name == "off" else stopped)
+        name: describe(engine, rows, num_steps, trainings, *(() if name == "off" else known))
         for name, rows in histories.items()
     }
 
@@ -222,15 +235,18 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--meta-steps", type=int, help="of the local search, likewise; 0: none")
     parser.add_argument("--fitness-steps", type=int, help="likewise")
     parser.add_argument("--learning-rate", type=float, help="of the base models, likewise")
-    parser.add_argument("--rungs", type=float, nargs="+", default=RUNGS)
+    parser.add_argument("--rungs", type=float, nargs="+", default=RUNGS, help="above 0, below 1")
     parser.add_argument("--json", type=Path, help="add the results to this file")
     options = parser.parse_args(arguments)
     if options.seeds < 2:
         parser.error(f"--seeds is {options.seeds}; a comparison needs at least 2")
+    try:
+        racing = RacingSettings(tuple(options.rungs))
+    except ValueError as error:
+        parser.error(f"--rungs: {error}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     torch.set_num_threads(1)
     logging.getLogger("evoloss").setLevel(logging.WARNING)
-    racing = RacingSettings(tuple(options.rungs))
     machine = describe_machine(torch.device("cpu"))
     for name in options.workloads:
         workload = WORKLOADS[name]()

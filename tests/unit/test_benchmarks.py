@@ -295,8 +295,39 @@ def test_stopped_losses_are_trained_to_the_end_as_the_search_does() -> None:
         for loss in (("a", 0, best - 1), ("b", 2, best), ("c", 3, best - 1))
     ]
     found = racing.describe(engine, rows, 8, 1, losses)
-    assert (found["stopped"], found["missed"]) == (2, 1)
+    assert (found["stopped"], found["missed"]) == (0, 1)
     assert found["tournaments_changed"] == 0 < found["tournaments"]
+
+
+def test_a_comparison_knows_the_true_fitness_of_all_losses() -> None:
+    workload = make_toy_workload("mlp")
+    settings = replace(racing_workloads.make_small_search(8), num_generations=2, population_size=8)
+    engine = workload.build_engine(CPU)
+    search = GPSearch(engine, settings, 1)
+    rows = racing.run_search(search)
+    records = search.archive.records
+    (first, record), (second, _) = [
+        item for item in records.items() if item[1].status == "evaluated"
+    ][:2]
+    records["twin"] = replace(record, status="gradient_hits", spared=4, twin_of=first)
+    records[first] = replace(record, status="stopped", spared=4)
+    (loss,) = racing.train_stopped(engine, search.archive, 8, 1)
+    assert (loss.key, loss.fitness) == (first, pytest.approx(record.fitness, rel=1e-5))
+    # the second was stopped when it met others, and has been trained to the end since
+    records[second] = replace(records[second], fitness=-2.0)
+    true_fitness = racing.find_true_fitness(search.archive, [loss._replace(fitness=-1.0)])
+    assert true_fitness["twin"] == true_fitness[first] == -1.0
+    assert true_fitness[second] == -2.0
+    others = records.keys() - {first, second, "twin"}
+    assert others
+    assert all(true_fitness[key] == records[key].fitness for key in others)
+    expected = 0
+    for tournament in (t for row in rows for t in row["tournaments"]):
+        winner = min(tournament, key=lambda entrant: entrant[1])[0]
+        keys = {key for key, _ in tournament}
+        expected += winner != (second if second in keys else first if first in keys else winner)
+    found = racing.describe(engine, rows, 8, 1, [loss], true_fitness)
+    assert found["tournaments_changed"] == expected > 0
 
 
 def test_tournaments_that_full_trainings_would_decide_otherwise_are_counted() -> None:

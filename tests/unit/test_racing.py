@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -14,13 +16,12 @@ from hypothesis import strategies as st
 from toy_tasks import make_toy_task
 
 from benchmarks.racing import compare, summarise
-from evoloss.engine import Engine, TrainingSettings
+from evoloss.engine import Engine, LocalSearchSettings, TrainingSettings
 from evoloss.engine.filters import RejectionSettings
 from evoloss.engine.racing import (
     MARGIN,
     Contest,
     FinishedTrainings,
-    Forecast,
     RaceResult,
     RacingSettings,
     find_contenders,
@@ -28,8 +29,10 @@ from evoloss.engine.racing import (
 )
 from evoloss.expressions import Program, compile_weighted_tree, parse_expression
 from evoloss.expressions.canonical import canonical_key
+from evoloss.search.archive import Record
 from evoloss.search.gp_search import GPSearch
-from evoloss.search.individuals import VariationSettings
+from evoloss.search.individuals import VariationSettings, to_expression
+from evoloss.search.selection import list_contests
 from evoloss.search.settings import SearchSettings
 
 RACING = RacingSettings((0.25, 0.5))
@@ -46,10 +49,11 @@ FORMULAS = [
 DIVERGING = "mul(1e300, mul(1e300, square(sub(y, f(x)))))"
 
 
-def make_engine(model_name: str = "linear") -> Engine:
+def make_engine(model_name: str = "linear", kind: str = "classification") -> Engine:
     settings = TrainingSettings(16, 0.1 if model_name == "linear" else 1.0, precision="float64")
     options = {"widths": (8,)} if model_name == "mlp" else {}
-    return Engine(make_toy_task(), model_name, settings, torch.device("cpu"), **options)
+    task = make_toy_task(kind, num_outputs=1) if kind == "regression" else make_toy_task()
+    return Engine(task, model_name, settings, torch.device("cpu"), **options)
 
 
 def compile_all(formulas: Sequence[str]) -> list[Program]:
@@ -177,8 +181,8 @@ def test_every_score_is_that_of_plain_training_up_to_its_step(
     np.testing.assert_allclose(result.best_case, best_case, rtol=1e-12)
     running = set(range(7))
     for rung in (first, second):
-        # who left before competes with the score that it had
-        worst = [*(curve[rung][p] if p in running else scores[p] for p in range(7)), *rivals]
+        # who left before is no rival
+        worst = [*(curve[rung][p] if p in running else math.inf for p in range(7)), *rivals]
         going = {
             p
             for p in running
@@ -259,22 +263,16 @@ def test_a_race_that_all_leave_ends() -> None:
     assert race(make_engine(), []).steps.shape == (0,)
 
 
-@pytest.mark.parametrize(
-    ("score", "expected"),
-    [
-        (0.8, Forecast((1 - MARGIN) * 0.8 * 0.25, 0.8 * 0.5, 0.8 * 0.9)),
-        (0.4, Forecast((1 - MARGIN) * 0.4 * 0.25, 0.4 * 0.5, 0.4 * 0.9)),
-        # not expected to be as good as the best
-        (0.2, Forecast((1 - MARGIN) * 0.2 * 0.25, math.nextafter(0.15, 1.0), 0.2 * 0.9)),
-        (0.0, Forecast(-math.inf, math.nextafter(0.15, 1.0), math.inf)),
-    ],
-)
-def test_a_candidate_is_expected_to_go_on_as_others_did(score: float, expected: Forecast) -> None:
+def test_candidates_are_expected_to_go_on_as_others_did() -> None:
     known = FinishedTrainings({4: [0.6, 0.5, 0.9, 0.0], NUM_STEPS: [0.15, 0.25, 0.81, 0.7]})
-    found = known.forecast(4, NUM_STEPS, score)
-    assert found.best_case == pytest.approx(expected.best_case)
-    assert found.expected == pytest.approx(expected.expected)
-    assert found.worst_case == pytest.approx(expected.worst_case)
+    found = known.forecast(4, NUM_STEPS, [0.8, 0.4, 0.2, 0.0])
+    scores = np.array([0.8, 0.4, 0.2])
+    np.testing.assert_allclose(found.best_case, [*((1 - MARGIN) * 0.25 * scores), -math.inf])
+    # the last two are not expected to be as good as the best
+    least = math.nextafter(0.15, 1.0)
+    np.testing.assert_allclose(found.expected, [0.4, 0.2, least, least], rtol=1e-15)
+    assert (found.expected[2:] > 0.15).all()
+    np.testing.assert_allclose(found.worst_case, [*(0.9 * scores), math.inf])
 
 
 def test_a_forecast_follows_those_with_similar_scores() -> None:
@@ -282,16 +280,29 @@ def test_a_forecast_follows_those_with_similar_scores() -> None:
     good, bad = [(0.1 + 0.001 * i) for i in range(20)], [0.9] * 12
     ends = [0.5 * at for at in good] + bad
     known = FinishedTrainings({4: good + bad, NUM_STEPS: ends})
-    assert known.forecast(4, NUM_STEPS, 0.8) == Forecast((1 - MARGIN) * 0.8, 0.8, 0.8)
-    assert known.forecast(4, NUM_STEPS, 0.13).worst_case == pytest.approx(0.065)
+    found = known.forecast(4, NUM_STEPS, [0.8, 0.13])
+    assert [values[0] for values in found] == [(1 - MARGIN) * 0.8, 0.8, 0.8]
+    assert found.worst_case[1] == pytest.approx(0.065)
     turned = FinishedTrainings({4: (good + bad)[::-1], NUM_STEPS: ends[::-1]})
-    for score in (0.11, 0.3, 0.5, 0.7):
-        assert known.forecast(4, NUM_STEPS, score) == turned.forecast(4, NUM_STEPS, score)
+    scores = (0.11, 0.3, 0.5, 0.7)
+    np.testing.assert_array_equal(
+        known.forecast(4, NUM_STEPS, scores), turned.forecast(4, NUM_STEPS, scores)
+    )
+
+
+def test_the_nearest_nine_make_the_forecast() -> None:
+    """Nine that go on as they are, then one that gets far better and one that gets far worse."""
+    at_rung = [0.5] * 9 + [0.7, 0.71]
+    known = FinishedTrainings({4: at_rung, NUM_STEPS: [0.5] * 9 + [0.007, 7.1]})
+    narrow, wide = (known.forecast(4, NUM_STEPS, [score]) for score in (0.52, 0.65))
+    np.testing.assert_allclose(np.ravel(narrow), [0.8 * 0.52, 0.52, 0.52])
+    np.testing.assert_allclose(np.ravel(wide), [0.8 * 0.0065, 0.65, 6.5])
 
 
 def test_perfect_scores_forecast_nothing() -> None:
     known = FinishedTrainings({4: [0.0, 0.0, 0.0], NUM_STEPS: [0.1, 0.2, 0.3]})
-    assert known.forecast(4, NUM_STEPS, 0.3) == Forecast(-math.inf, 0.3, math.inf)
+    found = known.forecast(4, NUM_STEPS, [0.3])
+    np.testing.assert_array_equal(np.ravel(found), [-math.inf, 0.3, math.inf])
 
 
 def test_a_race_predicts_whom_it_stops() -> None:
@@ -307,29 +318,52 @@ def test_a_race_predicts_whom_it_stops() -> None:
     np.testing.assert_allclose(result.fitness[ended], curve[NUM_STEPS][ended], rtol=1e-12)
 
 
-def make_search(racing: RacingSettings = RACING, seed: int = 0) -> GPSearch:
+def make_search(
+    racing: RacingSettings = RACING,
+    seed: int = 0,
+    *,
+    kind: str = "classification",
+    local_search: LocalSearchSettings | None = None,
+    elitism_rate: float = 0.05,
+) -> GPSearch:
     settings = SearchSettings(
         population_size=20,
         num_generations=8,
         fitness_steps=NUM_STEPS,
-        variation=VariationSettings(4, 1.4, 0.70, 0.25, 0.05, 2, 4, 10),
+        variation=VariationSettings(4, 1.4, 0.70, 0.25, elitism_rate, 2, 4, 10),
         rejection=RejectionSettings(40, 40, 0.05, 2),
-        local_search=None,
-        initial_deviation=0.0,
+        local_search=local_search,
+        initial_deviation=1e-3 if local_search else 0.0,
         racing=racing,
     )
-    return GPSearch(make_engine(), settings, seed)
+    return GPSearch(make_engine(kind=kind), settings, seed)
 
 
-def test_a_search_goes_as_without_racing() -> None:
+def find_record(search: GPSearch, formula: str) -> Record:
+    return search.archive.records[canonical_key(parse_expression(formula))]
+
+
+def outcome_of(record: Record) -> tuple[float, int, float]:
+    return record.fitness, record.spared, record.best_case
+
+
+@pytest.mark.parametrize("local_search", [None, LocalSearchSettings(4, 1, 0.01)])
+def test_a_search_goes_as_without_racing(local_search: LocalSearchSettings | None) -> None:
     """Same populations, same front: the forecasts are no proofs, so not for every seed there is."""
     same = spared = 0
     for seed in range(6):
-        plain, raced = make_search(RacingSettings(), seed), make_search(RACING, seed)
+        plain, raced = (
+            make_search(racing, seed, local_search=local_search)
+            for racing in (RacingSettings(), RACING)
+        )
         expected, found = plain.run(), raced.run()
         spared += sum(row["stopped"] for row in found.history)
         trees = [[list(i) for i in search.population] for search in (plain, raced)]
-        same += trees[0] == trees[1] and expected.front == found.front
+        fronts = [
+            [replace(r, best_case=0.0, twin_of=None) for r in result.front]
+            for result in (expected, found)
+        ]
+        same += trees[0] == trees[1] and fronts[0] == fronts[1]
     assert spared > 10
     assert same >= 5
 
@@ -352,7 +386,7 @@ def test_a_search_counts_what_racing_spares() -> None:
     history = search.run().history
     records = search.archive.records.values()
     runs = [r for r in records if r.status in ("evaluated", "stopped")]
-    # a stopped loss that came back was trained twice
+    # one that came back may have been trained to the end since
     assert sum(row["stopped"] for row in history) >= sum(r.spared > 0 for r in runs) > 0
     assert sum(row["diverged"] for row in history) == 0
     spent = sum(row["training_steps"] for row in history)
@@ -364,10 +398,11 @@ def test_a_search_counts_what_racing_spares() -> None:
         assert sum(row[name] for name in fates) + row["gradient_hits"] == row["candidates"]
 
 
-GOOD, BAD, TWIN = (
+GOOD, BAD, TWIN, LATER = (
     "mul(-1, mul(y, log(f(x))))",
     "add(sqrt(f(x)), square(sub(y, f(x))))",
     "add(y, add(sqrt(f(x)), square(sub(y, f(x)))))",
+    "add(mul(y, y), add(sqrt(f(x)), square(sub(y, f(x)))))",
 )
 
 
@@ -396,14 +431,13 @@ def test_a_stopped_loss_that_comes_back_is_trained_where_it_may_win() -> None:
     # it cannot win here either
     assert evaluate(search, [GOOD, BAD], pair) == ["evaluated", "stopped"]
     assert search.evaluation.counts == {"archive_hits": 2, "training_steps": 0}
-    # but alone it wins
-    assert evaluate(search, [GOOD, BAD], [Contest(frozenset([1]))]) == ["evaluated"] * 2
-    assert search.evaluation.counts == {
-        "archive_hits": 1,
-        "evaluated": 1,
-        "training_steps": NUM_STEPS,
-    }
-    assert search.archive.records[key].spared == 0
+    # but alone it wins, whatever else is asked for; it stays the loss of the generation that it came in
+    assert evaluate(search, [BAD, GOOD, BAD], [Contest(frozenset([0]))])[0] == "evaluated"
+    assert search.evaluation.counts == {"archive_hits": 3, "training_steps": NUM_STEPS}
+    trained = make_search(RacingSettings())
+    evaluate(trained, [BAD], [])
+    outcome = replace(trained.archive.records[key], generation=1, best_case=ANY)
+    assert search.archive.records[key] == outcome
 
 
 def test_a_gradient_twin_shares_the_fate_and_its_contests_count() -> None:
@@ -415,15 +449,108 @@ def test_a_gradient_twin_shares_the_fate_and_its_contests_count() -> None:
 
     search, statuses = meet([Contest(frozenset([0, 1])), Contest(frozenset([0, 2]))])
     assert statuses == ["evaluated", "stopped", "gradient_hits"]
-    first, twin = (search.archive.records[canonical_key(parse_expression(t))] for t in (BAD, TWIN))
-    assert (twin.fitness, twin.spared) == (first.fitness, first.spared)
+    first, twin = (find_record(search, text) for text in (BAD, TWIN))
+    assert twin.twin_of == canonical_key(parse_expression(BAD))
+    assert outcome_of(twin) == outcome_of(first)
     assert first not in search.archive.pareto_front()
-    # the next twin of a loss that was never trained to the end is raced itself
-    third = "add(mul(y, y), add(sqrt(f(x)), square(sub(y, f(x)))))"
-    assert evaluate(search, [GOOD, third], [Contest(frozenset([1]))]) == ["evaluated"] * 2
+    # one that comes later has the same fitness, and if it may win the first one goes on
+    pair = Contest(frozenset([0, 1]))
+    assert evaluate(search, [GOOD, LATER], [pair]) == ["evaluated", "gradient_hits"]
+    assert outcome_of(find_record(search, LATER)) == outcome_of(first)
+    assert evaluate(search, [GOOD, LATER], [Contest(frozenset([1]))])[1] == "gradient_hits"
+    ended = find_record(search, BAD)
+    assert (ended.status, ended.spared) == ("evaluated", 0)
+    assert {outcome_of(find_record(search, text)) for text in (TWIN, LATER)} == {outcome_of(ended)}
     # and a twin that may win keeps the other in the race
     _, statuses = meet([Contest(frozenset([0, 1])), Contest(frozenset([2]))])
     assert statuses == ["evaluated", "evaluated", "gradient_hits"]
+
+
+def test_a_simpler_twin_that_may_be_on_the_front_keeps_the_other_in_the_race() -> None:
+    simple, longer = (text.format("abs(sub(y, f(x)))") for text in ("{}", "add(mul(y, y), {})"))
+    assert parse_expression(simple).complexity < parse_expression(GOOD).complexity
+    search = make_search()
+    evaluate(search, [GOOD], [])
+    search.archive.finished = know_ends()
+    assert evaluate(search, [longer], []) == ["stopped"]
+    # whether it comes in a later generation or the same
+    assert evaluate(search, [simple], []) == ["gradient_hits"]
+    assert find_record(search, longer).status == "evaluated"
+    again = make_search()
+    evaluate(again, [GOOD], [])
+    again.archive.finished = know_ends()
+    assert evaluate(again, [longer, simple], []) == ["evaluated", "gradient_hits"]
+    assert find_record(again, simple) in again.archive.pareto_front()
+
+
+def test_who_diverges_after_a_rung_leaves_twins_and_rivals_as_without_racing() -> None:
+    search = make_search(kind="regression")
+    fair, explosive = "square(sub(y, f(x)))", "square(square(sub(y, f(x))))"
+    twins = [f"add({constant}, {explosive})" for constant in ("y", "mul(y, y)")]
+    evaluate(search, [fair], [])
+    search.archive.finished = know_ends(at_rung=1.0, end=1.0)
+    pairs = [Contest(frozenset([0, i])) for i in (1, 2)]
+    statuses = evaluate(search, [fair, explosive, twins[0]], pairs)
+    assert statuses == ["evaluated", "stopped", "gradient_hits"]
+    # all of them diverge, each in a training of its own
+    alone = [Contest(frozenset([i])) for i in (1, 2)]
+    assert evaluate(search, [fair, twins[0], twins[1]], alone) == [
+        "evaluated",
+        "diverged",
+        "diverged",
+    ]
+    assert find_record(search, explosive).status == "diverged"
+    assert search.evaluation.counts["gradient_hits"] == 0
+    assert search.evaluation.counts["archive_hits"] == 1
+    assert [find_record(search, text).fitness for text in twins] == [math.inf] * 2
+    assert len(search.archive.key_by_gradient) == 1
+
+
+@pytest.mark.parametrize("ratio", [0.01, 1.0])
+def test_wrong_forecasts_of_rivals_stop_nobody_for_good(ratio: float) -> None:
+    """If all were expected to become a hundred times better, nobody stays stopped whom nobody beats by so much."""
+    pairs = [Contest(frozenset([2, i])) for i in range(len(FORMULAS))]
+    searches = []
+    for racing in (RacingSettings(), RACING):
+        search = make_search(racing)
+        evaluate(search, FORMULAS[1:2], [])  # a simple one, so that the others are not the simplest
+        search.archive.finished = know_ends(end=ratio * 1e-3)
+        evaluate(search, FORMULAS, pairs)
+        searches.append(search)
+    spared = sum(r.spared for r in searches[1].archive.records.values())
+    assert (spared == 0) == (ratio < 1)
+    for contest in pairs:
+        winners = [
+            min(contest.entrants, key=lambda i: find_record(search, FORMULAS[i]).fitness)
+            for search in searches
+        ]
+        assert winners[0] == winners[1]
+    counts = [search.evaluation.counts for search in searches]
+    assert counts[1]["stopped"] == sum(r.spared > 0 for r in searches[1].archive.records.values())
+    assert counts[0]["evaluated"] == counts[1]["evaluated"] + counts[1]["stopped"]
+
+
+def test_who_wins_was_trained_to_the_end() -> None:
+    """In every generation, the last one too: each tournament's winner, the elite, the front."""
+    stopped: list[int] = []
+
+    def check(row: dict[str, Any]) -> None:
+        keys = [canonical_key(to_expression(individual)) for individual in search.population]
+        records = [search.archive.records[key] for key in keys]
+        stopped.append(sum(record.spared > 0 for record in records))
+        children = search.plan_children()
+        assert len(children) == 17
+        for contest in list_contests(children, 3, 20):
+            ranked = sorted(records[i].fitness for i in contest.entrants)
+            bar = ranked[: contest.places][-1]
+            assert all(
+                records[i].spared == 0 for i in contest.entrants if records[i].fitness <= bar
+            )
+
+    for seed in range(4):
+        search = make_search(seed=seed, elitism_rate=0.15)
+        search.run(check)
+    assert sum(stopped) > 0
 
 
 def test_what_may_be_on_the_front_is_trained_to_the_end() -> None:

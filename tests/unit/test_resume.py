@@ -96,12 +96,36 @@ def test_a_search_killed_again_and_again_ends_the_same(
     settings = SETTINGS if method == "evomal" else replace(SETTINGS, local_search=None)
     if model in ("gru", "lenet5"):
         settings = replace(settings, num_generations=1)
+    check_killed_search(model, settings, tmp_path, most_points=3)
+
+
+@pytest.mark.parametrize("local_search", [None, LocalSearchSettings(2, 1, 0.01)])
+def test_a_search_with_racing_killed_again_and_again_ends_the_same(
+    local_search: LocalSearchSettings | None, tmp_path: Path
+) -> None:
+    """Racing knows enough to stop somebody only after some generations."""
+    settings = replace(
+        SETTINGS,
+        population_size=20,
+        num_generations=12,
+        fitness_steps=16,
+        local_search=local_search,
+        initial_deviation=0.001 if local_search else 0.0,
+    )
+    result = check_killed_search("linear", settings, tmp_path, most_points=12)
+    assert sum(row["stopped"] for row in result.history) > 2
+
+
+def check_killed_search(
+    model: str, settings: SearchSettings, directory: Path, most_points: int
+) -> SearchResult:
+    """Kill a search after fewer than ``most_points`` safe points, until it ends; compare it with an undisturbed one."""
     expected = run_search(model, settings)
     generator = random.Random(0)
     kills = 0
     while True:
         checkpoints = KilledCheckpoints(
-            tmp_path, generator.randrange(3), write_last=generator.random() < 0.5
+            directory, generator.randrange(most_points), write_last=generator.random() < 0.5
         )
         try:
             found = run_search(model, settings, checkpoints)
@@ -111,6 +135,7 @@ def test_a_search_killed_again_and_again_ends_the_same(
     assert kills >= 1
     assert found.front == expected.front
     assert without_clocks(found) == without_clocks(expected)
+    return found
 
 
 def test_a_local_search_on_threads_equals_one_on_a_thread_and_goes_on_there(

@@ -19,7 +19,7 @@ from toy_tasks import make_toy_task
 
 from evoloss.engine import Engine, LocalSearchSettings, TrainingSettings
 from evoloss.engine.filters import RejectionSettings
-from evoloss.engine.racing import find_contenders
+from evoloss.engine.racing import Contest, find_contenders
 from evoloss.expressions import compile_weighted_tree, evaluate_program, parse_expression
 from evoloss.search.archive import WORST, Archive, Record
 from evoloss.search.gp_search import GPSearch
@@ -209,6 +209,11 @@ def test_contests_are_all_that_fitness_is_asked_for() -> None:
             generations.append([list(individual) for individual in following])
         assert generations[0] == generations[1]
     assert list_contests([], 0, 20) == []
+    assert list_contests([], 3, 4) == [Contest(frozenset(range(4)), 3)]
+    # two of the four are one loss: three places are for the three there are
+    assert Contest(frozenset(range(4)), 3).renumber([5, 6, 6, 7]) == Contest(
+        frozenset([5, 6, 7]), 3
+    )
 
 
 def test_the_elite_survives_unchanged() -> None:
@@ -273,13 +278,13 @@ def test_equivalent_trees_are_evaluated_once() -> None:
         "mul(1, add(1, square(sub(y, f(x)))))", "sign(sub(y, f(x)))", "sign(sub(y, f(x)))",
     ]  # fmt: skip
     population = [make_individual(variation, text) for text in trees]
-    search.evaluation.evaluate(population)
+    search.evaluation.evaluate(population, 0, [])
     assert len({ind.fitness.values for ind in population[:3]}) == 1
     steps = search.settings.fitness_steps
     assert search.evaluation.counts == {
         "archive_hits": 3, "evaluated": 1, "zero_gradient": 1, "training_steps": steps,
     }  # fmt: skip
-    search.evaluation.evaluate(population)
+    search.evaluation.evaluate(population, 0, [])
     assert +search.evaluation.counts == {"archive_hits": 5}, "rejected losses are remembered too"
 
 

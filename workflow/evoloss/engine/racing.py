@@ -15,12 +15,10 @@ ends yet, stops nobody.
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -73,13 +71,12 @@ def find_contenders(
     return found
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """The fitness that is expected of a candidate, and its bounds."""
+class Forecast(NamedTuple):
+    """The fitness that is expected of candidates, and its bounds, (P,)."""
 
-    best_case: float
-    expected: float
-    worst_case: float
+    best_case: NDArray[np.float64]
+    expected: NDArray[np.float64]
+    worst_case: NDArray[np.float64]
 
 
 @dataclass
@@ -91,31 +88,50 @@ class FinishedTrainings:
 
     scores: dict[int, list[float]] = field(default_factory=dict)
 
-    def forecast(self, rung: int, num_steps: int, score: float) -> Forecast:
-        """Return what a score at a rung lets expect at the end, from the `NEIGHBOURS` with the nearest scores there.
+    def forecast(self, rung: int, num_steps: int, scores: ArrayLike) -> Forecast:
+        """Return what scores (P,) at a rung let expect at the end, from the `NEIGHBOURS` with the nearest ones there.
 
         Their ratios of end to score give the bounds (the least, less `MARGIN`, and the greatest) and the expectation
         (median). Others change otherwise: what has learned nothing yet seldom starts to, while what does well becomes
         better. The expectation is worse than the best of all ends, so no search keeps a stopped candidate in that
-        one's place.
+        one's place. That a training diverges after this rung is not foreseen.
         """
-        ends = self.scores[num_steps]
-        known = [(at, end) for at, end in zip(self.scores[rung], ends, strict=True) if at > 0]
-        least = math.nextafter(min(ends), math.inf)
-        if not known or score <= 0:
-            return Forecast(-math.inf, max(least, score), math.inf)
-        # whoever is as near as the last of them counts too, so the order does not
-        reach = sorted(abs(at - score) for at, _ in known)[:NEIGHBOURS][-1]
-        ratios = [end / at for at, end in known if abs(at - score) <= reach]
-        expected = max(least, score * statistics.median(ratios))
-        return Forecast((1 - MARGIN) * score * min(ratios), expected, score * max(ratios))
+        scores = np.asarray(scores, np.float64)
+        at_rung, ends = np.array(self.scores[rung]), np.array(self.scores[num_steps])
+        least = np.nextafter(ends.min(), np.inf)
+        forecast = Forecast(
+            np.full(scores.shape, -np.inf), np.maximum(least, scores), np.full(scores.shape, np.inf)
+        )
+        usable = at_rung > 0
+        at_rung, ratios = at_rung[usable], ends[usable] / at_rung[usable]
+        if len(at_rung) == 0:
+            return forecast
+        last = min(NEIGHBOURS, len(at_rung)) - 1
+        for p in np.flatnonzero(scores > 0):
+            distances = np.abs(at_rung - scores[p])
+            # whoever is as near as the last of them counts too, so the order does not
+            near = ratios[distances <= np.partition(distances, last)[last]]
+            forecast.best_case[p] = (1 - MARGIN) * scores[p] * near.min()
+            forecast.expected[p] = max(least, scores[p] * np.median(near))
+            forecast.worst_case[p] = scores[p] * near.max()
+        return forecast
 
 
 @dataclass(frozen=True)
 class RacingSettings:
-    """``rungs``: the shares of the training, in (0, 1), at which candidates may stop; none: no racing."""
+    """``rungs``: the shares of the training, in (0, 1), at which candidates may stop; none: no racing.
+
+    Raises
+    ------
+    ValueError
+        If one is no such share.
+    """
 
     rungs: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not all(0 < share < 1 for share in self.rungs):
+            raise ValueError(f"rungs are {self.rungs}; each must be above 0 and below 1")
 
     def list_rungs(self, num_steps: int) -> list[int]:
         """Return the step numbers at which candidates are scored; the last one is ``num_steps``."""
@@ -218,21 +234,14 @@ def _decide(
     sound = np.isfinite(scores)
     if len(finished.scores.get(num_steps, [])) < FEWEST_ENDS:
         return np.flatnonzero(sound)
-    forecasts = [
-        finished.forecast(rung, num_steps, score)
-        if fine
-        else Forecast(math.inf, math.nan, math.inf)
-        for score, fine in zip(scores.tolist(), sound, strict=True)
-    ]
-    best_case = np.concatenate([result.best_case, rivals])
-    worst_case = np.concatenate([result.fitness, rivals])
-    best_case[running] = [f.best_case for f in forecasts]
-    worst_case[running] = [f.worst_case for f in forecasts]
-    # who has diverged, here or at an earlier rung, is no rival
-    lost = np.isnan(worst_case)
-    best_case[lost] = worst_case[lost] = math.inf
+    # who has left, stopped or diverged, is no rival, and who has diverged now wins nothing
+    best_case = np.concatenate([np.full(len(result.fitness), np.inf), rivals])
+    worst_case = best_case.copy()
+    forecast = finished.forecast(rung, num_steps, scores)
+    best_case[running] = np.where(sound, forecast.best_case, np.inf)
+    worst_case[running] = np.where(sound, forecast.worst_case, np.inf)
     goes_on = find_contenders(contests, best_case, worst_case)[running] & sound
-    for p, forecast, stops in zip(running, forecasts, sound & ~goes_on, strict=True):
-        if stops:
-            result.fitness[p], result.best_case[p] = forecast.expected, forecast.best_case
+    stops = sound & ~goes_on
+    result.fitness[running[stops]] = forecast.expected[stops]
+    result.best_case[running[stops]] = forecast.best_case[stops]
     return np.flatnonzero(goes_on)

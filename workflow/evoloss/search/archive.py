@@ -17,7 +17,8 @@ class Record:
     ``status`` is how it came: evaluated, stopped (by racing), rejected, zero_gradient, gradient_hits (an equal loss's
     fitness), diverged. ``expression`` is the loss with its tuned weights as constants, ``complexity`` the node count of
     its GP ``tree``. ``spared`` are the training steps that racing spared it; unless 0, its fitness is predicted, and
-    ``best_case`` is what it may be at best.
+    ``best_case`` is what it may be at best. ``twin_of`` is the key of the loss of equal gradients that was trained in
+    its place.
     """
 
     tree: Expression
@@ -27,19 +28,44 @@ class Record:
     fitness: float
     generation: int
     spared: int = 0
-    best_case: float = WORST
+    best_case: float = -WORST
+    twin_of: str | None = None
 
 
 @dataclass
 class Archive:
     """Records by canonical key (symbolic equivalence), keys by gradient fingerprint (gradient equivalence).
 
-    ``finished`` are the trainings that racing predicts others from.
+    ``key_by_gradient`` has losses that were trained, to the end or until they were stopped. ``finished`` are the
+    trainings that racing predicts others from.
     """
 
     records: dict[str, Record] = field(default_factory=dict)
     key_by_gradient: dict[bytes, str] = field(default_factory=dict)
     finished: FinishedTrainings = field(default_factory=FinishedTrainings)
+
+    def find_owner(self, key: str) -> str:
+        """Return the key of the loss whose training gives this one its fitness, perhaps its own."""
+        record = self.records.get(key)
+        return key if record is None or record.twin_of is None else record.twin_of
+
+    def find_gradient_key(self, owner: str) -> bytes | None:
+        """Return the gradient fingerprint that ``key_by_gradient`` has a loss under."""
+        return next((g for g, key in self.key_by_gradient.items() if key == owner), None)
+
+    def forget_gradient(self, owner: str) -> None:
+        """Let no other loss have this one's fitness."""
+        gradient_key = self.find_gradient_key(owner)
+        if gradient_key is not None:
+            del self.key_by_gradient[gradient_key]
+
+    def list_twins(self) -> dict[str, list[str]]:
+        """Return the keys of all losses that have another one's fitness, by that one's key."""
+        twins: dict[str, list[str]] = {}
+        for key, record in self.records.items():
+            if record.twin_of is not None:
+                twins.setdefault(record.twin_of, []).append(key)
+        return twins
 
     def pareto_front(self) -> list[Record]:
         """Return the accepted records that no other one beats in both fitness and complexity, best fitness first.

@@ -1,8 +1,9 @@
-"""What the fitness of a generation is asked for: who may still win, and between whom a race is."""
+"""Who meets whom in the races of a generation, and what for."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -13,67 +14,75 @@ from evoloss.search.archive import WORST, Archive
 
 
 class Pending(NamedTuple):
-    """A loss that passed the filters: its key in the archive, its GP tree, the loss, its gradient fingerprint."""
+    """A loss to train with: its key in the archive, its GP tree, the loss, its gradient fingerprint.
+
+    The fingerprint is None if the archive knows the loss, but has another one under it.
+    """
 
     key: str
     tree: Expression
     program: Program
-    gradient_key: bytes
+    gradient_key: bytes | None
 
 
-def find_asked(keys: Sequence[str], contests: Sequence[Contest], archive: Archive) -> set[str]:
-    """Return the keys without a fitness, and of the losses that racing stopped those that may win a contest.
+@dataclass(frozen=True)
+class LineUp:
+    """``keys`` of those that meet, the ones in the race first; ``contests`` and ``rivals`` as `run_race` takes them.
 
-    ``contests`` are between individuals; ``keys`` are theirs.
+    Contests are by the numbers of ``keys``; numbers after these stand for the Pareto front, once for everyone whose
+    training has not ended.
     """
-    number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-    known = [archive.records.get(key) for key in number]
-    contenders = find_contenders(
-        [contest.renumber([number[key] for key in keys]) for contest in contests],
-        [-np.inf if r is None else r.best_case for r in known],
-        [np.inf if r is None or r.spared else r.fitness for r in known],
-    )
-    return {
-        key
-        for key, record, may_win in zip(number, known, contenders, strict=True)
-        if record is None or (record.spared and may_win)
-    }
+
+    keys: list[str]
+    contests: list[Contest]
+    rivals: list[float]
 
 
-def enter_race(
-    keys: Sequence[str],
+def line_up(
+    racing: Sequence[Pending],
+    owners: Sequence[str],
     contests: Sequence[Contest],
     archive: Archive,
-    pending: Sequence[Pending],
-    twins: Sequence[Pending],
-) -> tuple[list[Contest], list[float]]:
-    """Return `run_race`'s contests and rivals for the losses in ``pending``.
+) -> LineUp:
+    """Return who meets whom in a race of some losses.
 
-    ``contests`` are between individuals, by tournament and for the elite; ``keys`` are theirs. To these comes the
-    Pareto front. A loss also stands for its ``twins``, of equal gradients; what is neither is in the archive.
+    ``contests`` are between individuals, by tournament and for the elite; ``owners`` are the keys of the losses whose
+    training gives them their fitness. These are in ``racing`` or in the archive. To the contests comes the Pareto
+    front, for which a loss also stands for its twins, of equal gradients: the simplest of them counts. A loss that was
+    stopped is no rival, as its fitness is not known.
     """
-    number = {loss.key: p for p, loss in enumerate(pending)}
-    first = {loss.gradient_key: p for p, loss in enumerate(pending)}
-    complexity = [loss.tree.complexity for loss in pending]
-    rivals: list[float] = []
+    entering = {loss.key: loss.tree.complexity for loss in racing}
+    keys = list(dict.fromkeys([*entering, *owners]))
+    number = {key: i for i, key in enumerate(keys)}
+    numbers = [number[owner] for owner in owners]
+    entered = [contest.renumber(numbers) for contest in contests]
+    known = [archive.records[key] for key in keys[len(racing) :]]
+    rivals = [WORST if record.spared else record.fitness for record in known]
+    front, twins = archive.pareto_front(), archive.list_twins()
+    for i, key in enumerate(keys):
+        if key not in entering and not archive.records[key].spared:
+            continue
+        size = entering[key] if key in entering else archive.records[key].complexity
+        size = min([size, *(archive.records[twin].complexity for twin in twins.get(key, ()))])
+        entered.append(Contest(frozenset([i, len(racing) + len(rivals)])))
+        rivals.append(min((r.fitness for r in front if r.complexity <= size), default=WORST))
+    return LineUp(keys, entered, rivals)
 
-    def add_rival(fitness: float) -> int:
-        rivals.append(fitness)
-        return len(pending) + len(rivals) - 1
 
-    for twin in twins:
-        if twin.gradient_key in first:
-            number[twin.key] = p = first[twin.gradient_key]
-            complexity[p] = min(complexity[p], twin.tree.complexity)
-        else:
-            known = archive.records[archive.key_by_gradient[twin.gradient_key]]
-            number[twin.key] = add_rival(known.fitness)
-    for key in keys:
-        if key not in number:
-            number[key] = add_rival(archive.records[key].fitness)
-    entered = [contest.renumber([number[key] for key in keys]) for contest in contests]
-    front = archive.pareto_front()
-    for p, size in enumerate(complexity):
-        best = min((r.fitness for r in front if r.complexity <= size), default=WORST)
-        entered.append(Contest(frozenset([p, add_rival(best)])))
-    return entered, rivals
+def find_reopened(
+    owners: Sequence[str], contests: Sequence[Contest], archive: Archive
+) -> list[str]:
+    """Return the losses that racing stopped and that, by what is known now, may win a contest after all.
+
+    ``owners`` and ``contests`` as `line_up` takes them; everyone is in the archive.
+    """
+    stopped = {owner for owner in owners if archive.records[owner].spared}
+    if not stopped:
+        return []
+    lined = line_up((), owners, contests, archive)
+    best_case = np.array(lined.rivals)
+    for i, key in enumerate(lined.keys):
+        if key in stopped:
+            best_case[i] = archive.records[key].best_case
+    contenders = find_contenders(lined.contests, best_case, lined.rivals)
+    return [key for i, key in enumerate(lined.keys) if key in stopped and contenders[i]]

@@ -19,12 +19,13 @@ from evoloss.engine.safe_point import SafePoint
 from evoloss.expressions import (
     Expression,
     Program,
+    compile_expression,
     compile_weighted_tree,
     program_to_expression,
 )
 from evoloss.expressions.canonical import canonical_key
 from evoloss.search.archive import WORST, Archive, Record
-from evoloss.search.contests import Pending, enter_race, find_asked
+from evoloss.search.contests import LineUp, Pending, find_reopened, line_up
 from evoloss.search.history import PHASES
 from evoloss.search.individuals import Individual, to_expression
 from evoloss.search.settings import SearchSettings
@@ -75,8 +76,8 @@ class Evaluation:
     def evaluate(
         self,
         population: Sequence[Individual],
-        generation: int = 0,
-        contests: Sequence[Contest] = (),
+        generation: int,
+        contests: Sequence[Contest],
         resume: Mapping[str, Any] | None = None,
     ) -> None:
         """Give every individual its fitness.
@@ -91,10 +92,9 @@ class Evaluation:
         self._contests = contests
         trees = [to_expression(individual) for individual in population]
         self._keys = [canonical_key(tree) for tree in trees]
-        asked = find_asked(self._keys, contests, self.archive)
         fresh: dict[str, Expression] = {}
         for key, tree in zip(self._keys, trees, strict=True):
-            if key in fresh or key not in asked:
+            if key in self.archive.records or key in fresh:
                 self.counts["archive_hits"] += 1
             else:
                 fresh[key] = tree
@@ -103,26 +103,12 @@ class Evaluation:
             individual.fitness.values = (self.archive.records[key].fitness,)
 
     def _remember(
-        self,
-        key: str,
-        tree: Expression,
-        program: Program,
-        status: str,
-        fitness: float,
-        spared: int = 0,
-        best_case: float | None = None,
+        self, key: str, tree: Expression, program: Program, status: str, fitness: float
     ) -> None:
-        self.counts[status] += 1
         tuned = program_to_expression(program) if self.settings.local_search else tree
+        self.counts[status] += 1
         self.archive.records[key] = Record(
-            tree,
-            tuned,
-            tree.complexity,
-            status,
-            fitness,
-            self._generation,
-            spared,
-            fitness if best_case is None else best_case,
+            tree, tuned, tree.complexity, status, fitness, self._generation
         )
 
     def _initial_program(self, key: str, tree: Expression) -> Program:
@@ -149,34 +135,19 @@ class Evaluation:
         result = self._verdicts = self._run_rejection(programs)
         clock = self._lap("rejection", clock)
         pending: list[Pending] = []
-        twins: list[Pending] = []
-        first: set[bytes] = set()
+        owners = dict(self.archive.key_by_gradient)
         for key, program, rejected, gradient_key in zip(
             started, programs, result.rejected, result.gradient_keys, strict=True
         ):
             if rejected:
                 self._remember(key, fresh[key], program, "rejected", WORST)
-            elif gradient_key in first or self._is_trained(gradient_key):
-                twins.append(Pending(key, fresh[key], program, gradient_key))
+            elif gradient_key in owners:
+                self._remember(key, fresh[key], program, "gradient_hits", WORST)
+                self._share(owners[gradient_key], [key])
             else:
-                first.add(gradient_key)
+                owners[gradient_key] = key
                 pending.append(Pending(key, fresh[key], program, gradient_key))
-        self._run_fitness(
-            pending,
-            twins,
-            self._resume.get("fitness"),
-            self._reach_fitness_point if self._at_safe_point else None,
-        )
-        orphans = []
-        for loss in twins:
-            twin = self.archive.key_by_gradient.get(loss.gradient_key)
-            if twin is None:  # its first twin diverged, which says nothing about this one
-                orphans.append(loss)
-            else:
-                known = self.archive.records[twin]
-                found = known.fitness, known.spared, known.best_case
-                self._remember(loss.key, loss.tree, loss.program, "gradient_hits", *found)
-        self._run_fitness(orphans)
+        self._run_races(pending)
         self._lap("fitness", clock)
 
     def _run_local_search(self, programs: list[Program]) -> list[Program]:
@@ -223,26 +194,51 @@ class Evaluation:
             },
         )
 
-    def _is_trained(self, gradient_key: bytes) -> bool:
-        """Return whether a loss with these gradients was trained to the end."""
-        twin = self.archive.key_by_gradient.get(gradient_key)
-        return twin is not None and not self.archive.records[twin].spared
+    def _run_races(self, pending: Sequence[Pending]) -> None:
+        """Train with the losses, and then with those that come to matter by how these have done.
 
-    def _run_fitness(
+        These are the twins of a loss that diverged, which says nothing about them, and losses that were stopped, now or
+        in an earlier generation, and by what is known then may win a contest of this one after all.
+        """
+        orphans = self._run_race(
+            pending,
+            self._resume.get("fitness"),
+            self._reach_fitness_point if self._at_safe_point else None,
+        )
+        while more := orphans or self._reopen():
+            orphans = self._run_race(more)
+
+    def _reopen(self) -> list[Pending]:
+        owners = [self.archive.find_owner(key) for key in self._keys]
+        return [
+            self._read_pending(key, self.archive.find_gradient_key(key))
+            for key in find_reopened(owners, self._contests, self.archive)
+        ]
+
+    def _read_pending(self, key: str, gradient_key: bytes | None) -> Pending:
+        record = self.archive.records[key]
+        compile_again = compile_expression if self.settings.local_search else compile_weighted_tree
+        return Pending(key, record.tree, compile_again(record.expression), gradient_key)
+
+    def _run_race(
         self,
-        pending: Sequence[Pending],
-        twins: Sequence[Pending] = (),
+        racing: Sequence[Pending],
         resume: dict[str, Any] | None = None,
         at_safe_point: SafePoint | None = None,
-    ) -> None:
-        """Train with the losses and remember how they did."""
+    ) -> list[Pending]:
+        """Train with the losses, remember how they did, and return `_settle`'s orphans."""
+        owners = [self.archive.find_owner(key) for key in self._keys]
+        lined = LineUp([], [], [])
+        if self.settings.racing.rungs:
+            lined = line_up(racing, owners, self._contests, self.archive)
         race = run_race(
             self.engine,
-            [loss.program for loss in pending],
+            [loss.program for loss in racing],
             self.settings.fitness_steps,
             self.settings.racing,
             self.archive.finished,
-            *enter_race(self._keys, self._contests, self.archive, pending, twins),
+            lined.contests,
+            lined.rivals,
             self.search_seed,
             "fitness",
             num_networks=self.settings.num_networks,
@@ -250,18 +246,58 @@ class Evaluation:
             at_safe_point=at_safe_point,
         )
         self.counts["training_steps"] += int(race.steps.sum())
-        found = (race.fitness, race.best_case, race.steps)
+        twins = self.archive.list_twins()
+        orphans: list[Pending] = []
         for loss, fitness, best_case, steps in zip(
-            pending, *(values.tolist() for values in found), strict=True
+            racing, race.fitness.tolist(), race.best_case.tolist(), race.steps.tolist(), strict=True
         ):
-            kept = loss.key, loss.tree, loss.program
-            if not np.isfinite(fitness):
-                self._remember(*kept, "diverged", WORST)
-                continue
-            spared = self.settings.fitness_steps - steps
-            status = "stopped" if spared else "evaluated"
-            self._remember(*kept, status, fitness, spared, best_case)
-            self.archive.key_by_gradient[loss.gradient_key] = loss.key
+            orphans += self._settle(loss, fitness, best_case, steps, twins.get(loss.key, []))
+        return orphans
+
+    def _settle(
+        self, loss: Pending, fitness: float, best_case: float, steps: int, twins: Sequence[str]
+    ) -> list[Pending]:
+        """Remember how a training went, for the loss and its ``twins``; return those to train as it diverged."""
+        diverged = not np.isfinite(fitness)
+        spared = 0 if diverged else self.settings.fitness_steps - steps
+        status = "diverged" if diverged else "stopped" if spared else "evaluated"
+        known = self.archive.records.get(loss.key)
+        if known is None:
+            self._remember(loss.key, loss.tree, loss.program, status, WORST)
+        elif known.generation == self._generation:
+            self.counts.subtract([known.status])
+            self.counts[status] += 1
+        self.archive.records[loss.key] = replace(
+            self.archive.records[loss.key],
+            status=status,
+            fitness=WORST if diverged else fitness,
+            spared=spared,
+            best_case=best_case,
+        )
+        if not diverged:
+            if loss.gradient_key is not None:
+                self.archive.key_by_gradient[loss.gradient_key] = loss.key
+            self._share(loss.key, twins)
+            return []
+        self.archive.forget_gradient(loss.key)
+        orphans = [self._read_pending(twin, loss.gradient_key) for twin in twins]
+        for twin in twins:
+            record = self.archive.records.pop(twin)
+            if twin in self._keys:
+                new = record.generation == self._generation
+                self.counts["gradient_hits" if new else "archive_hits"] -= 1
+        return [orphan for orphan in orphans if orphan.key in self._keys]
+
+    def _share(self, owner: str, twins: Sequence[str]) -> None:
+        """Give a loss's fitness, unless it is to come, to losses of equal gradients."""
+        known = self.archive.records.get(owner)
+        for twin in twins:
+            record = replace(self.archive.records[twin], twin_of=owner)
+            if known is not None:
+                record = replace(
+                    record, fitness=known.fitness, spared=known.spared, best_case=known.best_case
+                )
+            self.archive.records[twin] = record
 
     def _lap(self, phase: str, since: float) -> float:
         now = time.perf_counter()

@@ -110,6 +110,9 @@ class GPSearch:
         return self.variation.plan_children(self.settings.population_size, stream)
 
     def _list_contests(self, plan: list[Child]) -> list[Contest]:
+        """Return what races in the current generation are about."""
+        if not self.settings.racing.rungs:
+            return []
         size = self.settings.population_size
         return list_contests(plan, self.variation.num_elite(size), size)
 

@@ -37,6 +37,7 @@ def describe_archive(archive: Archive, before: int) -> dict[str, Any]:
                 record.generation,
                 record.spared,
                 record.best_case,
+                record.twin_of,
             ]
             for key, record in records.items()
         ],
