@@ -223,6 +223,14 @@ def test_whole_search_by_the_clock() -> None:
     assert "softmax" in report.format_searches({"softmax": found})
 
 
+def test_the_readme_shows_what_was_measured(tmp_path: Path) -> None:
+    folder = Path(report.__file__).parent
+    readme = tmp_path / "README.md"
+    readme.write_text((folder / "README.md").read_text())
+    report.update_readme(readme, json.loads((folder / "results.json").read_text()))
+    assert readme.read_text() == (folder / "README.md").read_text()
+
+
 def test_racing_is_compared_with_the_same_search_without(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
