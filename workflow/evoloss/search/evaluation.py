@@ -259,8 +259,11 @@ class Evaluation:
     ) -> list[Pending]:
         """Remember how a training went, for the loss and its ``twins``; return those to train as it diverged."""
         diverged = not np.isfinite(fitness)
-        spared = 0 if diverged else self.settings.fitness_steps - steps
-        status = "diverged" if diverged else "stopped" if spared else "evaluated"
+        status, spared = "evaluated", self.settings.fitness_steps - steps
+        if diverged:
+            status, spared, fitness, best_case = "diverged", 0, WORST, WORST
+        elif spared:
+            status = "stopped"
         known = self.archive.records.get(loss.key)
         if known is None:
             self._remember(loss.key, loss.tree, loss.program, status, WORST)
@@ -270,7 +273,7 @@ class Evaluation:
         self.archive.records[loss.key] = replace(
             self.archive.records[loss.key],
             status=status,
-            fitness=WORST if diverged else fitness,
+            fitness=fitness,
             spared=spared,
             best_case=best_case,
         )
