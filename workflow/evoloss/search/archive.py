@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 from evoloss.engine.racing import FinishedTrainings
 from evoloss.expressions import Expression
@@ -66,6 +67,17 @@ class Archive:
             if record.twin_of is not None:
                 twins.setdefault(record.twin_of, []).append(key)
         return twins
+
+    def share_fitness(self, owner: str, twins: Iterable[str]) -> None:
+        """Make losses of equal gradients another one's twins, with its fitness if that is known already."""
+        known = self.records.get(owner)
+        for twin in twins:
+            record = replace(self.records[twin], twin_of=owner)
+            if known is not None:
+                record = replace(
+                    record, fitness=known.fitness, spared=known.spared, best_case=known.best_case
+                )
+            self.records[twin] = record
 
     def pareto_front(self) -> list[Record]:
         """Return the accepted records that no other one beats in both fitness and complexity, best fitness first.

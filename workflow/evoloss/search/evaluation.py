@@ -143,7 +143,7 @@ class Evaluation:
                 self._remember(key, fresh[key], program, "rejected", WORST)
             elif gradient_key in owners:
                 self._remember(key, fresh[key], program, "gradient_hits", WORST)
-                self._share(owners[gradient_key], [key])
+                self.archive.share_fitness(owners[gradient_key], [key])
             else:
                 owners[gradient_key] = key
                 pending.append(Pending(key, fresh[key], program, gradient_key))
@@ -280,7 +280,7 @@ class Evaluation:
         if not diverged:
             if loss.gradient_key is not None:
                 self.archive.key_by_gradient[loss.gradient_key] = loss.key
-            self._share(loss.key, twins)
+            self.archive.share_fitness(loss.key, twins)
             return []
         self.archive.forget_gradient(loss.key)
         orphans = [self._read_pending(twin, loss.gradient_key) for twin in twins]
@@ -290,17 +290,6 @@ class Evaluation:
                 new = record.generation == self._generation
                 self.counts["gradient_hits" if new else "archive_hits"] -= 1
         return [orphan for orphan in orphans if orphan.key in self._keys]
-
-    def _share(self, owner: str, twins: Sequence[str]) -> None:
-        """Give a loss's fitness, unless it is to come, to losses of equal gradients."""
-        known = self.archive.records.get(owner)
-        for twin in twins:
-            record = replace(self.archive.records[twin], twin_of=owner)
-            if known is not None:
-                record = replace(
-                    record, fitness=known.fitness, spared=known.spared, best_case=known.best_case
-                )
-            self.archive.records[twin] = record
 
     def _lap(self, phase: str, since: float) -> float:
         now = time.perf_counter()
