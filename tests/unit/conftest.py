@@ -9,3 +9,10 @@ import torch
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def narrow_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let racing stop somebody in searches as small as a test's: from few neighbours, with little margin."""
+    monkeypatch.setattr("evoloss.engine.racing.NEIGHBOURS", 3)
+    monkeypatch.setattr("evoloss.engine.racing.MARGIN", 0.2)

@@ -231,6 +231,7 @@ def test_the_readme_shows_what_was_measured(tmp_path: Path) -> None:
     assert readme.read_text() == (folder / "README.md").read_text()
 
 
+@pytest.mark.usefixtures("narrow_bounds")
 def test_racing_is_compared_with_the_same_search_without(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

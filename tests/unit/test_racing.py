@@ -19,7 +19,6 @@ from benchmarks.racing import compare, summarise
 from evoloss.engine import Engine, LocalSearchSettings, TrainingSettings
 from evoloss.engine.filters import RejectionSettings
 from evoloss.engine.racing import (
-    MARGIN,
     Contest,
     FinishedTrainings,
     RaceResult,
@@ -35,6 +34,9 @@ from evoloss.search.individuals import VariationSettings, to_expression
 from evoloss.search.selection import list_contests
 from evoloss.search.settings import SearchSettings
 
+pytestmark = pytest.mark.usefixtures("narrow_bounds")
+NEIGHBOURS, MARGIN = 3, 0.2
+"""What ``narrow_bounds`` sets."""
 RACING = RacingSettings((0.25, 0.5))
 NUM_STEPS = 16
 FORMULAS = [
@@ -227,14 +229,15 @@ def test_who_competes_with_nobody_goes_on_and_who_is_in_no_contest_stops() -> No
 
 def test_the_first_race_stops_nobody_and_the_next_knows_its_ends() -> None:
     engine, finished = make_engine(), FinishedTrainings()
-    first = race(engine, FORMULAS, finished=finished, contests=[])
+    many = FORMULAS * (NEIGHBOURS // len(FORMULAS) + 1)
+    first = race(engine, many, finished=finished, contests=[])
     assert set(first.steps.tolist()) == {NUM_STEPS}
-    curve = measure_curve(engine, FORMULAS)
+    curve = measure_curve(engine, many)
     assert list(finished.scores) == list(curve)
     for step, scores in finished.scores.items():
         np.testing.assert_allclose(scores, curve[step], rtol=1e-12)
     assert NUM_STEPS not in race(engine, FORMULAS, finished=finished, contests=[]).steps
-    few = know_ends(count=2)
+    few = know_ends(count=NEIGHBOURS - 1)
     assert set(race(engine, FORMULAS, finished=few, contests=[]).steps.tolist()) == {NUM_STEPS}
 
 
@@ -290,13 +293,13 @@ def test_a_forecast_follows_those_with_similar_scores() -> None:
     )
 
 
-def test_the_nearest_nine_make_the_forecast() -> None:
-    """Nine that go on as they are, then one that gets far better and one that gets far worse."""
-    at_rung = [0.5] * 9 + [0.7, 0.71]
-    known = FinishedTrainings({4: at_rung, NUM_STEPS: [0.5] * 9 + [0.007, 7.1]})
+def test_only_neighbours_make_a_forecast() -> None:
+    """Enough that go on as they are, then one that gets far better and one that gets far worse."""
+    same = [0.5] * NEIGHBOURS
+    known = FinishedTrainings({4: [*same, 0.7, 0.71], NUM_STEPS: [*same, 0.007, 7.1]})
     narrow, wide = (known.forecast(4, NUM_STEPS, [score]) for score in (0.52, 0.65))
-    np.testing.assert_allclose(np.ravel(narrow), [0.8 * 0.52, 0.52, 0.52])
-    np.testing.assert_allclose(np.ravel(wide), [0.8 * 0.0065, 0.65, 6.5])
+    np.testing.assert_allclose(np.ravel(narrow), [(1 - MARGIN) * 0.52, 0.52, 0.52])
+    np.testing.assert_allclose(np.ravel(wide), [(1 - MARGIN) * 0.0065, 0.65, 6.5])
 
 
 def test_perfect_scores_forecast_nothing() -> None:

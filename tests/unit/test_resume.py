@@ -99,6 +99,7 @@ def test_a_search_killed_again_and_again_ends_the_same(
     check_killed_search(model, settings, tmp_path, most_points=3)
 
 
+@pytest.mark.usefixtures("narrow_bounds")
 @pytest.mark.parametrize("local_search", [None, LocalSearchSettings(2, 1, 0.01)])
 def test_a_search_with_racing_killed_again_and_again_ends_the_same(
     local_search: LocalSearchSettings | None, tmp_path: Path

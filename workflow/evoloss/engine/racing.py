@@ -30,13 +30,10 @@ from evoloss.expressions import Program
 if TYPE_CHECKING:
     from evoloss.engine.engine import Engine
 
-FEWEST_ENDS = 3
-"""A search that knows fewer candidates trained to the end stops nobody."""
+NEIGHBOURS = 15
+"""Candidates trained to the end that a forecast comes from; a search that knows fewer stops nobody."""
 
-NEIGHBOURS = 9
-"""Candidates trained to the end that a forecast comes from."""
-
-MARGIN = 0.2
+MARGIN = 0.3
 """Share by which a candidate's best case is better than what any of these would have made of its score.
 
 Fewer neighbours and smaller margins stop more candidates and change more tournaments (benchmarks/README.md).
@@ -232,7 +229,7 @@ def _decide(
     """Return which of ``running`` go on; the others get their expected fitness and their best case in ``result``."""
     scores = result.fitness[running]
     sound = np.isfinite(scores)
-    if len(finished.scores.get(num_steps, [])) < FEWEST_ENDS:
+    if len(finished.scores.get(num_steps, [])) < NEIGHBOURS:
         return np.flatnonzero(sound)
     # who has left, stopped or diverged, is no rival, and who has diverged now wins nothing
     best_case = np.concatenate([np.full(len(result.fitness), np.inf), rivals])
