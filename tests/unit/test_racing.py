@@ -509,6 +509,25 @@ def test_who_diverges_after_a_rung_leaves_twins_and_rivals_as_without_racing() -
     assert len(search.archive.key_by_gradient) == 1
 
 
+def test_a_twin_of_who_diverged_is_trained_as_if_it_had_come_alone() -> None:
+    """With the weights of its own local search, and as the formula that came out of it."""
+    explosive = "square(square(sub(y, f(x))))"
+    twin = f"sub({explosive}, mul(-1, mul(-1, y)))"
+    local_search = LocalSearchSettings(1, 1, 1e-9)  # weights so near 1 that gradients stay equal
+    settings = make_search(RacingSettings(), local_search=local_search).settings
+    alone, beside = (
+        GPSearch(make_engine(kind="regression"), replace(settings, initial_deviation=0.0), 0)
+        for _ in range(2)
+    )
+    evaluate(alone, [explosive], [])
+    fingerprint = alone.evaluation._verdicts.gradient_keys
+    assert evaluate(alone, [twin], []) == ["diverged"]
+    assert alone.evaluation._verdicts.gradient_keys == fingerprint
+    assert evaluate(beside, [explosive, twin], []) == ["diverged", "diverged"]
+    expected = replace(find_record(alone, twin), generation=0)
+    assert find_record(beside, twin) == expected
+
+
 @pytest.mark.parametrize("ratio", [0.01, 1.0])
 def test_wrong_forecasts_of_rivals_stop_nobody_for_good(ratio: float) -> None:
     """If all were expected to become a hundred times better, nobody stays stopped whom nobody beats by so much."""

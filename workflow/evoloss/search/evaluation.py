@@ -71,6 +71,7 @@ class Evaluation:
         self._contests: Sequence[Contest] = ()
         self._resume: Mapping[str, Any] = {}
         self._tuned: list[Program] = []
+        self._programs: dict[str, Program] = {}
         self._verdicts = RejectionResult(np.zeros(0, dtype=bool), [])
 
     def evaluate(
@@ -131,6 +132,7 @@ class Evaluation:
                 started[key] = program
         clock = time.perf_counter()
         programs = self._tuned = self._run_local_search(list(started.values()))
+        self._programs = dict(zip(started, programs, strict=True))
         clock = self._lap("local_search", clock)
         result = self._verdicts = self._run_rejection(programs)
         clock = self._lap("rejection", clock)
@@ -217,8 +219,11 @@ class Evaluation:
 
     def _read_pending(self, key: str, gradient_key: bytes | None) -> Pending:
         record = self.archive.records[key]
-        compile_again = compile_expression if self.settings.local_search else compile_weighted_tree
-        return Pending(key, record.tree, compile_again(record.expression), gradient_key)
+        program = self._programs.get(key)
+        if program is None:  # of an earlier generation
+            compiled = compile_expression if self.settings.local_search else compile_weighted_tree
+            program = compiled(record.expression)
+        return Pending(key, record.tree, program, gradient_key)
 
     def _run_race(
         self,
