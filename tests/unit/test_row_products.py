@@ -10,7 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evoloss.engine.row_dots import add_dot_products, make_blocks, pad_offsets
+from evoloss.engine.row_dots import (
+    LENGTH,
+    TAPS,
+    add_dot_products,
+    make_blocks,
+    make_dot_row,
+    pad_offsets,
+)
 from evoloss.engine.row_products import make_block_row, multiply_rows, scatter_rows
 
 GUARD = 7.0
@@ -55,35 +62,68 @@ def test_vectors_of_any_length(rows: int, num_bytes: int, num_sums: int, dtype: 
     weights, source, taps = draw(rows, 2 * rows, 9, 131, dtype)
     target = np.full(rows * 140, GUARD, dtype)
     bias = np.arange(2 * rows, dtype=dtype)
-    multiply(weights, rows, source, 3, taps, target, 2, 140, 131, bias)
-    read = np.stack([source[3 + tap : 3 + tap + 131] for tap in taps])
+    multiply(weights, rows, 2, source, 3, taps[2:], target, 2, 140, 131, bias)
+    read = np.stack([source[3 + tap : 3 + tap + 131] for tap in taps[2:]])
     found = target.reshape(rows, 140)
-    expected = weights[rows:] @ read + bias[rows:, None]
+    expected = weights[rows:, 2:] @ read + bias[rows:, None]
     np.testing.assert_allclose(found[:, 2:133], expected, atol=TOLERANCES[dtype])
     assert (found[:, :2] == GUARD).all()
     assert (found[:, 133:] == GUARD).all()
 
 
-def test_scattering_and_dot_products_are_its_transposes() -> None:
-    """<W x, y> = <x, W^T y> = <W, y x^T>."""
-    rows, length, shifts = 10, 37, np.array([0, 37, 5])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(("num_bytes", "num_taps"), [(64, 4), (32, 2), (16, 4), (16, 2)])
+@pytest.mark.parametrize("length", [1, 16, 100])
+def test_dot_products_on_vectors_of_any_length(
+    length: int, num_bytes: int, num_taps: int, dtype: str
+) -> None:
+    """Of the last rows too, where there are fewer than a block has."""
+    dot_row = make_dot_row(6, num_taps, num_bytes)
+    rows, stride = 10, length + 3
+    _, right, taps = draw(length, rows, 8, length, dtype)
+    left = np.full(rows * stride + 1, np.nan, dtype)
+    left[1:].reshape(rows, stride)[:, :length] = draw(1, rows, length, 1, dtype)[0]
+    out = np.full((14, 9), GUARD, dtype)
+    dot_row(out, left, 1, stride, rows, right, 3, taps, length)
+    read = np.stack([right[3 + tap : 3 + tap + length] for tap in taps])
+    expected = GUARD + left[1:].reshape(rows, stride)[:, :length] @ read.T
+    np.testing.assert_allclose(out[:rows, :8], expected, atol=30 * TOLERANCES[dtype])
+    assert (out[12:] == GUARD).all()
+    assert (out[:, 8:] == GUARD).all()
+
+
+@pytest.mark.parametrize("length", [37, LENGTH + 37])
+def test_scattering_and_dot_products_are_its_transposes(length: int) -> None:
+    """<W x, y> = <x, W^T y> = <W, y x^T>; scattered in two pieces, of which one leaves out a tap."""
+    rows, shifts = 10, np.array([0, 37, 5])
     generator = np.random.default_rng(0)
     weights = generator.normal(size=(rows, shifts.size))
-    x, y = generator.normal(size=3 * length), generator.normal(size=rows * length)
+    x, y = generator.normal(size=length + 40), generator.normal(size=rows * length)
     starts, outs, keep = np.zeros(1, np.int64), np.zeros(1, np.int64), np.empty(0)
     products = np.zeros_like(y)
     multiply_rows(weights, x, starts, shifts, products, outs, length, rows, length, keep)
     scattered = np.zeros_like(x)
     transposed = np.ascontiguousarray(weights.T[:, None])
     places = np.arange(rows) * length
-    scatter_rows(transposed, y, outs, places, scattered, starts, shifts, 0, 1, length, keep)
+    halves = np.array([[0, rows, 0, 20], [0, rows, 20, length - 20]])
+    scatter_rows(transposed, y, outs, places, scattered, starts, shifts, halves, 0, 1, keep)
     gradient = make_blocks(rows, shifts.size, dtype="float64")
+    assert gradient.shape == (12, 3 + -3 % TAPS)
     blocks = pad_offsets(shifts)
     add_dot_products(gradient, y, outs, length, rows, x, starts, blocks, length)
     expected = products @ y
     assert scattered @ x == pytest.approx(expected, rel=1e-12)
     found = (gradient[:rows, : shifts.size] * weights).sum()
     assert found == pytest.approx(expected, rel=1e-12)
+    # without the last row's share in the second piece
+    halves[1, 1] -= 1
+    part = np.zeros_like(x)
+    scatter_rows(transposed, y, outs, places, part, starts, shifts, halves, 0, 1, keep)
+    left_out = sum(
+        weights[-1, t] * y[places[-1] + 20 :] @ x[shift + 20 : shift + length]
+        for t, shift in enumerate(shifts)
+    )
+    assert part @ x == pytest.approx(expected - left_out, rel=1e-12)
 
 
 def test_what_is_not_finite_stays_in_its_row() -> None:
@@ -115,7 +155,8 @@ def multiply():
 
 def scatter():
     found = np.zeros(13 * 20)
-    scatter_rows(weights[None], source, start, taps, found, start, start, 20, 13, 20, keep)
+    pieces = np.array([[0, 3, 0, 20]])
+    scatter_rows(weights[None], source, start, taps, found, start, start, pieces, 20, 13, keep)
     np.testing.assert_allclose(found.reshape(13, 20), expected)
 
 """

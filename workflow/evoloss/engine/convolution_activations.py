@@ -8,7 +8,7 @@ import numba
 import numpy as np
 from numba.extending import overload
 
-from evoloss.engine.row_products import product_kernel, row_block
+from evoloss.engine.row_vectors import product_kernel, row_block
 
 ACTIVATIONS = ("Tanh", "Sigmoid", "ReLU")
 """Classes of `torch.nn` whose derivative is a function of the output; kernels know them by their place here."""

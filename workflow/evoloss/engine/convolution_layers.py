@@ -59,14 +59,18 @@ class Products:
         self._x_rows = ((y * down * width + x * right) * batch).ravel()
         self._y_rows = ((y * pieces + x) * self._length).ravel()
         shifts = (np.arange(rows)[:, None] * width + np.arange(columns)) * batch
-        self._shifts = shifts.ravel()
-        taps = np.arange(channels)[:, None] * self._x_stride + self._shifts
+        taps = np.arange(channels)[:, None] * self._x_stride + shifts.ravel()
         self._x_taps, self._x_blocks = taps.ravel(), pad_offsets(taps.ravel())
-        self._y_taps = np.arange(out[0]) * self._y_stride
+        # Backward, the columns that reach a pixel are summed at once if the pixels of a row follow each other.
+        together = columns if right == 1 else 1
+        self._shifts = shifts.reshape(-1, together)[:, 0].copy()
+        self._pieces = _list_pieces(piece, together, out[0], batch)
+        self._columns = np.arange(together)[:, None] * batch
+        self._y_taps = (np.arange(out[0]) * self._y_stride - self._columns).ravel()
         self._y = np.empty((*self.shape, batch), dtype)
         self._dx = np.empty((*shape, batch), dtype)
         self._keep, self._no_bias = np.empty(0, dtype), np.zeros(out[0], dtype)
-        self._transposed = np.empty((rows * columns, channels, out[0]), dtype)
+        self._transposed = np.empty((len(self._shifts), channels, together, out[0]), dtype)
         self._gradient = make_blocks(out[0], channels * rows * columns, dtype=dtype)
 
     def forward(self, params: Sequence[Array], x: Array) -> Array:
@@ -78,9 +82,10 @@ class Products:
         return np.ascontiguousarray(weight.reshape(len(weight), -1))
 
     def _load_transposed(self, weight: Array) -> Array:
-        out, channels = weight.shape[:2]
-        np.copyto(self._transposed, weight.reshape(out, channels, -1).transpose(2, 1, 0))
-        return self._transposed
+        count, channels, together, out = self._transposed.shape
+        shaped = weight.reshape(out, channels, count, together)
+        np.copyto(self._transposed, shaped.transpose(2, 1, 3, 0))
+        return self._transposed.reshape(count, channels, -1)
 
     def _add_products(self, weight: Array, x: Array, bias: Array) -> Array:
         rows = len(weight)
@@ -110,8 +115,8 @@ class Products:
             scatter_rows(
                 self._load_transposed(params[0]),
                 *(dy.reshape(-1), self._y_rows, self._y_taps),
-                *(self._dx.reshape(-1), self._x_rows, self._shifts, self._x_stride),
-                *(len(self._dx), self._length, self._keep),
+                *(self._dx.reshape(-1), self._x_rows, self._shifts, self._pieces),
+                *(self._x_stride, len(self._dx), self._keep),
             )
         return self._take_gradients(params, bias_gradient), self._dx
 
@@ -131,6 +136,21 @@ class Products:
         """Return the derivative of ``y`` along ``dparams`` and, unless ``x`` is constant, ``dx``."""
         dy = self.forward(dparams, x)
         return dy if dx is None else self._add_products(params[0], dx, self._keep)
+
+
+def _list_pieces(pixels: int, columns: int, channels: int, batch: int) -> NDArray[np.int64]:
+    """Return the pieces for `scatter_rows`: stretches of a row of ``dx`` that the same columns of a kernel reach.
+
+    Tap t is column t // ``channels`` and channel t % ``channels`` of a row of ``pixels``.
+    """
+    pieces: list[list[int]] = []
+    for pixel in range(pixels + columns - 1):
+        first, end = max(0, pixel - pixels + 1) * channels, min(columns, pixel + 1) * channels
+        if pieces and pieces[-1][:2] == [first, end]:
+            pieces[-1][3] += batch
+        else:
+            pieces.append([first, end, pixel * batch, batch])
+    return np.array(pieces)
 
 
 class PooledConvolution(Products):
@@ -155,7 +175,7 @@ class PooledConvolution(Products):
         self.shape = (channels, height // rows, width // columns)
         self._pooled = np.empty((*self.shape, batch), dtype)
         self._row = np.empty((channels, self._length), dtype)
-        self._row_taps = np.arange(channels) * self._length
+        self._row_taps = (np.arange(channels) * self._length - self._columns).ravel()
         self._convolve_and_pool, self._pool_tangent, self._pool_backward = compile_pooled_kernels()
 
     @staticmethod
@@ -202,8 +222,8 @@ class PooledConvolution(Products):
         self._pool_backward(
             *(self._in_rows(dy), self._in_rows(y), self._window, self._kind, self._row),
             *(self._gradient, bias_gradient, x.reshape(-1), self._x_rows, self._x_blocks),
-            *(self._load_transposed(params[0]), self._row_taps, dx, self._shifts, self._x_stride),
-            *(len(self._dx), self._keep),
+            *(self._load_transposed(params[0]), self._row_taps, dx, self._shifts, self._pieces),
+            *(self._x_stride, len(self._dx), self._keep),
         )
         return self._take_gradients(params, bias_gradient), self._dx
 

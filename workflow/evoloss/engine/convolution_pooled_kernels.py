@@ -10,11 +10,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from evoloss.engine import convolution_activations, kernel_rows, row_dots, row_products
+from evoloss.engine import (
+    convolution_activations,
+    kernel_rows,
+    row_dots,
+    row_products,
+    row_vectors,
+)
 from evoloss.engine.convolution_activations import activate_row, slope_row
 from evoloss.engine.kernel_rows import digest_sources
 from evoloss.engine.row_dots import dot_row
-from evoloss.engine.row_products import multiply_row, product_kernel, row_block, scatter_row
+from evoloss.engine.row_products import multiply_row, scatter_row
+from evoloss.engine.row_vectors import product_kernel, row_block
 
 
 @row_block
@@ -39,7 +46,9 @@ def compile_pooled_kernels() -> tuple[
     Callable[..., None], Callable[..., None], Callable[..., None]
 ]:
     """Return ``convolve_and_pool``, ``pool_tangent`` and ``pool_backward``."""
-    digest = digest_sources(convolution_activations, kernel_rows, row_dots, row_products)
+    digest = digest_sources(
+        convolution_activations, kernel_rows, row_dots, row_products, row_vectors
+    )
 
     @product_kernel
     def convolve_and_pool(weights, x, x_starts, taps, y, pooled, window, kind, bias):  # type: ignore[no-untyped-def]
@@ -51,7 +60,7 @@ def compile_pooled_kernels() -> tuple[
         flat = y.reshape(-1)
         for h in range(height):
             multiply_row(
-                weights, x, x_starts[h], taps,
+                weights, 0, x, x_starts[h], taps,
                 flat, h * length, height * length, channels, length, bias,
             )  # fmt: skip
             for c in range(channels):
@@ -73,11 +82,11 @@ def compile_pooled_kernels() -> tuple[
         for h in range(height):
             start = x_starts[h]
             multiply_row(
-                dweights, x, start, taps, flat, 0, length, channels, length, dbias
+                dweights, 0, x, start, taps, flat, 0, length, channels, length, dbias
             )  # fmt: skip
             if dx.size > 0:
                 multiply_row(
-                    weights, dx, start, taps, flat, 0, length, channels, length, keep
+                    weights, 0, dx, start, taps, flat, 0, length, channels, length, keep
                 )  # fmt: skip
             for c in range(channels):
                 slope_row(row[c], y[c, h], kind, factor)
@@ -88,7 +97,7 @@ def compile_pooled_kernels() -> tuple[
     @product_kernel
     def pool_backward(  # type: ignore[no-untyped-def]
         dy, y, window, kind, row, gradient, bias_gradient, x, x_starts, x_taps,
-        transposed, row_taps, dx, shifts, x_stride, x_channels, keep,
+        transposed, row_taps, dx, shifts, pieces, x_stride, x_channels, keep,
     ):  # fmt: skip
         """Add the gradients by weight, bias and, if not empty, ``x`` (to ``dx``); ``dy`` is that by ``pooled``."""
         _ = digest
@@ -112,7 +121,7 @@ def compile_pooled_kernels() -> tuple[
             dot_row(gradient, flat, 0, length, channels, x, x_starts[h], x_taps, length)
             if dx.size > 0:
                 scatter_row(
-                    transposed, flat, 0, row_taps, dx, x_starts[h], shifts, x_stride, x_channels, length, keep
+                    transposed, flat, 0, row_taps, dx, x_starts[h], shifts, pieces, x_stride, x_channels, keep
                 )  # fmt: skip
 
     return convolve_and_pool, pool_tangent, pool_backward

@@ -50,10 +50,10 @@ def sweep_candidate(  # type: ignore[no-untyped-def]
         for j in range(z.shape[1]):
             stepped[c, j] = z[c, j]
     flat = stepped.reshape(-1)
-    multiply_row(u, gram_t, 0, taps, flat, 0, z.shape[1], classes, z.shape[1], keep)
+    multiply_row(u, 0, gram_t, 0, taps, flat, 0, z.shape[1], classes, z.shape[1], keep)
     outer_loss = sweep_cross_entropy(stepped, targets, v, top, total)
     flat = direction.reshape(-1)
-    multiply_row(v, gram, 0, taps_t, flat, 0, batch, classes, batch, bias)
+    multiply_row(v, 0, gram, 0, taps_t, flat, 0, batch, classes, batch, bias)
     sweep_jacobian(p, direction, g, -rate * factor, inner)
     sweep_mixed(
         ops, a, b, w, lo, hi, y, p.reshape(-1), g.reshape(-1), out, x, d, ap, aq, written

@@ -1,20 +1,27 @@
-"""Inner products of rows at offsets, compiled with numba: the weight gradients for `evoloss.engine.row_products`.
-
-A block of `ROWS` x `TAPS` sums stays in registers; the innermost loops are long, contiguous and free of branches.
-"""
+"""Inner products of rows at offsets, compiled with numba: the weight gradients for `evoloss.engine.row_products`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numba.core import cgutils, types
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from evoloss.engine.row_products import product_kernel, row_block, row_function
+from evoloss.engine.row_vectors import (
+    I64,
+    VectorBuilder,
+    find_registers,
+    product_kernel,
+    row_function,
+)
 
-ROWS, TAPS = 6, 4
-"""Block of sums in registers; the compiled code below is written out for it."""
-LENGTH = 4096
+ROWS = 6
+TAPS = find_registers()[1] // ROWS
+"""Block of sums in registers."""
+LENGTH = 1024
 """Rows are cut at so many elements, for the caches."""
 
 
@@ -29,58 +36,81 @@ def pad_offsets(taps: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.pad(taps, (0, -len(taps) % TAPS), mode="edge")
 
 
-@row_block
-def _dot_block(out, y0, y1, y2, y3, y4, y5, x0, x1, x2, x3):  # type: ignore[no-untyped-def]
-    """Add y @ x^T to out (ROWS, TAPS)."""
-    s00 = s01 = s02 = s03 = s10 = s11 = s12 = s13 = out.dtype.type(0)
-    s20 = s21 = s22 = s23 = s30 = s31 = s32 = s33 = out.dtype.type(0)
-    s40 = s41 = s42 = s43 = s50 = s51 = s52 = s53 = out.dtype.type(0)
-    for j in range(y0.size):
-        v0, v1, v2, v3 = x0[j], x1[j], x2[j], x3[j]
-        y = y0[j]
-        s00, s01, s02, s03 = s00 + y * v0, s01 + y * v1, s02 + y * v2, s03 + y * v3
-        y = y1[j]
-        s10, s11, s12, s13 = s10 + y * v0, s11 + y * v1, s12 + y * v2, s13 + y * v3
-        y = y2[j]
-        s20, s21, s22, s23 = s20 + y * v0, s21 + y * v1, s22 + y * v2, s23 + y * v3
-        y = y3[j]
-        s30, s31, s32, s33 = s30 + y * v0, s31 + y * v1, s32 + y * v2, s33 + y * v3
-        y = y4[j]
-        s40, s41, s42, s43 = s40 + y * v0, s41 + y * v1, s42 + y * v2, s43 + y * v3
-        y = y5[j]
-        s50, s51, s52, s53 = s50 + y * v0, s51 + y * v1, s52 + y * v2, s53 + y * v3
-    for m, sums in enumerate(
-        (
-            (s00, s01, s02, s03), (s10, s11, s12, s13), (s20, s21, s22, s23),
-            (s30, s31, s32, s33), (s40, s41, s42, s43), (s50, s51, s52, s53),
-        )
-    ):  # fmt: skip
-        for t in range(TAPS):
-            out[m, t] += sums[t]
+def _make_block(num_rows: int, num_taps: int, num_bytes: int) -> Callable[..., None]:
+    """Return the function that adds to ``out[m:, t:]`` the inner products of some rows and taps.
+
+    Rows after ``last`` are taken to be that one.
+    """
+
+    @intrinsic
+    def add_dots(  # type: ignore[no-untyped-def]
+        typing, out, m, t, left, left_start, stride, last, right, right_start, taps, length
+    ):
+        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            build = VectorBuilder(context, builder, signature, arguments, num_bytes)
+            out, left, right, taps = (build.find(i) for i in (0, 3, 7, 9))
+            m, t, left_start, stride, last, right_start, length = (
+                arguments[i] for i in (1, 2, 4, 5, 6, 8, 10)
+            )
+            rows = [builder.add(m, I64(i)) for i in range(num_rows)]
+            lefts = []
+            for row in rows:
+                nearest = builder.select(builder.icmp_signed("<", row, last), row, last)
+                lefts.append(builder.add(left_start, builder.mul(nearest, stride)))
+            rights = [
+                builder.add(right_start, build.read(taps, builder.add(t, I64(k))))
+                for k in range(num_taps)
+            ]
+            sums = [build.make_sum() for _ in range(num_rows * num_taps)]
+
+            def add(place: Any, mask: Any = None) -> None:
+                xs = [build.load(right, builder.add(start, place), mask) for start in rights]
+                for i, start in enumerate(lefts):
+                    y = build.load(left, builder.add(start, place), mask)
+                    for x, total in zip(xs, sums[i * num_taps :], strict=False):
+                        builder.store(build.multiply_add(y, x, builder.load(total)), total)
+
+            rest = builder.and_(length, I64(build.lanes - 1))
+            whole = builder.sub(length, rest)
+            with cgutils.for_range_slice(builder, I64(0), whole, I64(build.lanes), I64) as (j, _):
+                add(j)
+            with builder.if_then(builder.icmp_signed(">", rest, I64(0))):
+                add(whole, build.make_mask(rest))
+            totals = build.sum_lanes([builder.load(total) for total in sums])
+            width = builder.extract_value(out.shape, 1)
+            part = min(num_taps, build.lanes)
+            for first in range(0, num_rows * num_taps, part):
+                i, k = divmod(first, num_taps)
+                offset = builder.add(builder.mul(rows[i], width), builder.add(t, I64(k)))
+                group, lane = divmod(first, build.lanes)
+                build.add_lanes(totals[group], range(lane, lane + part), out, offset)
+            return context.get_dummy_value()
+
+        arguments = (out, m, t, left, left_start, stride, last, right, right_start, taps, length)
+        return types.void(*arguments), generate
+
+    return add_dots
 
 
-@row_function
-def dot_row(out, left, left_start, stride, rows, right, right_start, taps, length):  # type: ignore[no-untyped-def]
-    """Do what `add_dot_products` does, for one row."""
-    for start in range(0, length, LENGTH):
-        n = min(LENGTH, length - start)
-        s = right_start + start
-        for m in range(0, out.shape[0], ROWS):
-            p0 = left_start + start + m * stride
-            last = p0 + (min(rows, m + ROWS) - m - 1) * stride
-            p1, p2, p3 = p0 + stride, p0 + 2 * stride, p0 + 3 * stride
-            p1, p2, p3 = min(p1, last), min(p2, last), min(p3, last)
-            p4, p5 = min(p0 + 4 * stride, last), min(p0 + 5 * stride, last)
-            for t in range(0, taps.size, TAPS):
-                q0, q1 = s + taps[t], s + taps[t + 1]
-                q2, q3 = s + taps[t + 2], s + taps[t + 3]
-                _dot_block(
-                    out[m : m + ROWS, t : t + TAPS],
-                    left[p0 : p0 + n], left[p1 : p1 + n], left[p2 : p2 + n],
-                    left[p3 : p3 + n], left[p4 : p4 + n], left[p5 : p5 + n],
-                    right[q0 : q0 + n], right[q1 : q1 + n],
-                    right[q2 : q2 + n], right[q3 : q3 + n],
-                )  # fmt: skip
+def make_dot_row(num_rows: int, num_taps: int, num_bytes: int) -> Callable[..., None]:
+    """Return what does `add_dot_products` for one row, with blocks of this size."""
+    add_dots = _make_block(num_rows, num_taps, num_bytes)
+
+    @row_function
+    def dot_row(out, left, left_start, stride, rows, right, right_start, taps, length):  # type: ignore[no-untyped-def]
+        for start in range(0, length, LENGTH):
+            n = min(LENGTH, length - start)
+            for m in range(0, rows, num_rows):
+                for t in range(0, taps.size, num_taps):
+                    add_dots(
+                        out, m, t, left, left_start + start, stride, rows - 1,
+                        right, right_start + start, taps, n,
+                    )  # fmt: skip
+
+    return dot_row
+
+
+dot_row = make_dot_row(ROWS, TAPS, find_registers()[0])
 
 
 @product_kernel

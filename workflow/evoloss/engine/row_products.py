@@ -8,48 +8,27 @@ whose operands are rows at given offsets, and no copy of the input (im2col) is m
 weight gradient.
 
 A few sums of a few vectors each stay in registers from the first tap to the last, as in any fast matrix product
-(Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008). A compiler does not do that to plain
-loops, so the block is written in LLVM's language, with vectors as long as the processor's; LLVM turns them into what
-there is.
+(Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008); `evoloss.engine.row_vectors` has the
+language that this is written in.
 
 ``contract`` and ``reassoc`` change rounding alone; NaN and infinity stay what they are.
 """
 
 from __future__ import annotations
 
-import functools
-import platform
 from collections.abc import Callable
 from typing import Any
 
-import llvmlite.binding
-import numba
-from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 from numba.extending import intrinsic
 
-from evoloss.engine.kernel_rows import RowCompiler
-
-_FLAGS = {"contract", "reassoc"}
-
-row_block = numba.njit(
-    error_model="numpy", pipeline_class=RowCompiler, forceinline=True, fastmath=_FLAGS
+from evoloss.engine.row_vectors import (
+    I64,
+    VectorBuilder,
+    find_registers,
+    product_kernel,
+    row_function,
 )
-row_function = numba.njit(error_model="numpy", pipeline_class=RowCompiler, fastmath=_FLAGS)
-product_kernel = numba.njit(
-    error_model="numpy", pipeline_class=RowCompiler, nogil=True, cache=True, fastmath=_FLAGS
-)
-
-
-@functools.cache
-def find_registers() -> tuple[int, int]:
-    """Return the bytes of this processor's vectors and how many of them sums may take, others being for operands."""
-    features = llvmlite.binding.get_host_cpu_features()
-    if features.get("avx512f"):
-        return 64, 24
-    if features.get("avx"):
-        return 32, 12
-    return 16, 24 if platform.machine().lower() in ("arm64", "aarch64") else 12
 
 
 def _make_block(
@@ -65,99 +44,61 @@ def _make_block(
         typing, weights, place, taps, source, start, target, out, stride, bias, first, rest
     ):
         def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-            weights, place, taps, source, start, target, out, stride, bias, first, rest = arguments
-            i64, i32 = ir.IntType(64), ir.IntType(32)
-            element = context.get_data_type(signature.args[0].dtype)
-            size = 4 if element == ir.FloatType() else 8
-            lanes = num_bytes // size
-            vector, bits = ir.VectorType(element, lanes), ir.VectorType(ir.IntType(1), lanes)
-            suffix = f"v{lanes}f{8 * size}"
-
-            def find(number: int, array: Any) -> Any:
-                return context.make_array(signature.args[number])(context, builder, array)
-
-            def spread(value: Any) -> Any:
-                kind = ir.VectorType(value.type, lanes)
-                one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, i32(0))
-                zeros = ir.Constant(ir.VectorType(i32, lanes), [0] * lanes)
-                return builder.shuffle_vector(one, one, zeros)
-
-            def declare(name: str, result: Any, *kinds: Any) -> Any:
-                kind, name = ir.FunctionType(result, kinds), f"llvm.masked.{name}.{suffix}.p0"
-                return cgutils.get_or_insert_function(builder.module, kind, name)  # type: ignore[no-untyped-call]
-
-            pointer = vector.as_pointer()
-            if masked:
-                numbers = ir.Constant(ir.VectorType(i64, lanes), list(range(lanes)))
-                masks = [
-                    builder.icmp_signed("<", numbers, spread(builder.sub(rest, i64(v * lanes))))
-                    for v in range(num_vectors)
-                ]
-                masked_load = declare("load", vector, pointer, i32, bits, vector)
-                masked_store = declare("store", ir.VoidType(), vector, pointer, i32, bits)
-
-            def load(data: Any, offset: Any, v: int) -> Any:
-                at = builder.gep(data, [builder.add(offset, i64(v * lanes))])
-                at = builder.bitcast(at, pointer)
-                if masked:
-                    nothing = ir.Constant(vector, None)
-                    return builder.call(masked_load, [at, i32(size), masks[v], nothing])
-                return builder.load(at, align=size)
-
-            def store(value: Any, data: Any, offset: Any, v: int) -> None:
-                at = builder.gep(data, [builder.add(offset, i64(v * lanes))])
-                at = builder.bitcast(at, pointer)
-                if masked:
-                    builder.call(masked_store, [value, at, i32(size), masks[v]])
-                else:
-                    builder.store(value, at, align=size)
-
-            weight_array, bias_array, tap_array = find(0, weights), find(8, bias), find(2, taps)
-            width = builder.extract_value(weight_array.shape, 1)
-            count = builder.extract_value(tap_array.shape, 0)
-            data, result = find(3, source).data, find(5, target).data
-            rows = [builder.add(out, builder.mul(i64(i), stride)) for i in range(num_rows)]
-            places = [builder.add(place, builder.mul(i64(i), width)) for i in range(num_rows)]
+            build = VectorBuilder(context, builder, signature, arguments, num_bytes)
+            weights, taps, source, target, bias = (build.find(i) for i in (0, 2, 3, 5, 8))
+            place, start, out, stride, first, rest = (arguments[i] for i in (1, 4, 6, 7, 9, 10))
+            width = builder.extract_value(weights.shape, 1)
+            count = builder.extract_value(taps.shape, 0)
             cells = [(i, v) for i in range(num_rows) for v in range(num_vectors)]
+            shifts = [I64(v * build.lanes) for v in range(num_vectors)]
+            masks: list[Any] = [None] * num_vectors
+            if masked:
+                masks = [build.make_mask(builder.sub(rest, shift)) for shift in shifts]
+            outs = [
+                builder.add(builder.add(out, builder.mul(I64(i), stride)), shifts[v])
+                for i, v in cells
+            ]
+            places = [builder.add(place, builder.mul(I64(i), width)) for i in range(num_rows)]
             names = ("fresh", "added", "loop", "end")
             fresh, added, loop, end = (builder.append_basic_block(name) for name in names)
-            has_bias = builder.icmp_signed(">", builder.extract_value(bias_array.shape, 0), i64(0))
+            has_bias = builder.icmp_signed(">", builder.extract_value(bias.shape, 0), I64(0))
             builder.cbranch(has_bias, fresh, added)
             builder.position_at_end(fresh)
             biases = [
-                spread(builder.load(builder.gep(bias_array.data, [builder.add(first, i64(i))])))
-                for i in range(num_rows)
+                build.spread(build.read(bias, builder.add(first, I64(i)))) for i in range(num_rows)
             ]
             builder.branch(loop)
             builder.position_at_end(added)
-            standing = [load(result, rows[i], v) for i, v in cells]
+            standing = [
+                build.load(target, offset, masks[v])
+                for offset, (_, v) in zip(outs, cells, strict=True)
+            ]
             builder.branch(loop)
             builder.position_at_end(loop)
-            tap = builder.phi(i64)
-            sums = [builder.phi(vector) for _ in cells]
+            tap = builder.phi(I64)
+            sums = [builder.phi(build.kind) for _ in cells]
             for block, values in ((fresh, [biases[i] for i, _ in cells]), (added, standing)):
-                tap.add_incoming(i64(0), block)
+                tap.add_incoming(I64(0), block)
                 for total, value in zip(sums, values, strict=True):
                     total.add_incoming(value, block)
-            shift = builder.load(builder.gep(tap_array.data, [tap]))
-            offset = builder.add(start, shift)
-            values = [load(data, offset, v) for v in range(num_vectors)]
-            totals = []
+            offset = builder.add(start, build.read(taps, tap))
+            values = [
+                build.load(source, builder.add(offset, shift), mask)
+                for shift, mask in zip(shifts, masks, strict=True)
+            ]
+            totals: list[Any] = []
             for i in range(num_rows):
-                at = builder.add(places[i], tap)
-                weight = spread(builder.load(builder.gep(weight_array.data, [at])))
+                weight = build.spread(build.read(weights, builder.add(places[i], tap)))
                 for v in range(num_vectors):
-                    term = builder.fmul(weight, values[v], flags=("contract",))
-                    total = sums[i * num_vectors + v]
-                    totals.append(builder.fadd(total, term, flags=("contract",)))
-            following = builder.add(tap, i64(1))
+                    totals.append(build.multiply_add(weight, values[v], sums[len(totals)]))
+            following = builder.add(tap, I64(1))
             tap.add_incoming(following, loop)
             for total, value in zip(sums, totals, strict=True):
                 total.add_incoming(value, loop)
             builder.cbranch(builder.icmp_signed("<", following, count), loop, end)
             builder.position_at_end(end)
-            for (i, v), value in zip(cells, totals, strict=True):
-                store(value, result, rows[i], v)
+            for value, offset, (_, v) in zip(totals, outs, cells, strict=True):
+                build.store(value, target, offset, masks[v])
             return context.get_dummy_value()
 
         arguments = (weights, place, taps, source, start, target, out, stride, bias, first, rest)
@@ -173,8 +114,10 @@ def make_block_row(num_rows: int, num_bytes: int, num_sums: int) -> Callable[...
     part = _make_block(num_rows, 1, num_bytes, masked=True)
 
     @row_function
-    def multiply(weights, m, source, start, taps, target, out, stride, length, bias):  # type: ignore[no-untyped-def]
-        place = m * weights.shape[1]
+    def multiply(  # type: ignore[no-untyped-def]
+        weights, m, column, source, start, taps, target, out, stride, length, bias
+    ):
+        place = m * weights.shape[1] + column
         lanes = num_bytes // weights.itemsize
         step = lanes * num_vectors
         j = 0
@@ -195,28 +138,28 @@ _1, _2, _4, _6, _8 = (make_block_row(size, *find_registers()) for size in (1, 2,
 
 @row_function
 def multiply_row(  # type: ignore[no-untyped-def]
-    weights, source, source_start, taps, target, target_start, stride, rows, length, bias
+    weights, column, source, source_start, taps, target, target_start, stride, rows, length, bias
 ):
-    """Do what `multiply_rows` does, for one row."""
+    """Do what `multiply_rows` does, for one row; the weights are those from ``column`` on."""
     m = 0
     while m < rows:
         out, left = target_start + m * stride, rows - m
         blocks = (left + 7) // 8
         size = (left + blocks - 1) // blocks  # nearly equal blocks keep more registers busy
         if size > 6 and left >= 8:
-            _8(weights, m, source, source_start, taps, target, out, stride, length, bias)
+            _8(weights, m, column, source, source_start, taps, target, out, stride, length, bias)
             m += 8
         elif size > 4 and left >= 6:
-            _6(weights, m, source, source_start, taps, target, out, stride, length, bias)
+            _6(weights, m, column, source, source_start, taps, target, out, stride, length, bias)
             m += 6
         elif size > 2 and left >= 4:
-            _4(weights, m, source, source_start, taps, target, out, stride, length, bias)
+            _4(weights, m, column, source, source_start, taps, target, out, stride, length, bias)
             m += 4
         elif left >= 2:
-            _2(weights, m, source, source_start, taps, target, out, stride, length, bias)
+            _2(weights, m, column, source, source_start, taps, target, out, stride, length, bias)
             m += 2
         else:
-            _1(weights, m, source, source_start, taps, target, out, stride, length, bias)
+            _1(weights, m, column, source, source_start, taps, target, out, stride, length, bias)
             m += 1
 
 
@@ -241,42 +184,46 @@ def multiply_rows(  # type: ignore[no-untyped-def]
     """
     for r in range(source_starts.size):
         multiply_row(
-            weights, source, source_starts[r], taps,
+            weights, 0, source, source_starts[r], taps,
             target, target_starts[r], stride, rows, length, bias,
         )  # fmt: skip
 
 
 @row_function
 def scatter_row(  # type: ignore[no-untyped-def]
-    weights, source, source_start, taps, target, target_start, shifts, stride, rows, length, keep
+    weights, source, source_start, taps, target, target_start, shifts, pieces, stride, rows, keep
 ):
     """Do what `scatter_rows` does, for one row."""
     for k in range(shifts.size):
-        multiply_row(
-            weights[k], source, source_start, taps,
-            target, target_start + shifts[k], stride, rows, length, keep,
-        )  # fmt: skip
+        for i in range(len(pieces)):
+            first, end, place, length = pieces[i]
+            multiply_row(
+                weights[k], first, source, source_start + place, taps[first:end],
+                target, target_start + shifts[k] + place, stride, rows, length, keep,
+            )  # fmt: skip
 
 
 @product_kernel
 def scatter_rows(  # type: ignore[no-untyped-def]
-    weights, source, source_starts, taps, target, target_starts, shifts, stride, rows, length, keep
+    weights, source, source_starts, taps, target, target_starts, shifts, pieces, stride, rows, keep
 ):
     """Add to rows of ``target`` weighted sums of rows of ``source``: the transpose of `multiply_rows`.
 
-    For all r, k and m < ``rows``: ``target[target_starts[r] + shifts[k] + m * stride + j]`` += sum over t of
-    ``weights[k, m, t] * source[source_starts[r] + taps[t] + j]``, j < ``length``.
+    For all r, k, m < ``rows`` and pieces (first, end, place, length): ``target[target_starts[r] + shifts[k] + m *
+    stride + place + j]`` += sum over first <= t < end of ``weights[k, m, t] * source[source_starts[r] + taps[t] +
+    place + j]``, j < length.
 
     Parameters
     ----------
     weights : array (K, rows, taps), contiguous
     shifts : int64 array (K,)
+    pieces : int64 array (N, 4)
     keep : empty array of the same dtype
     """
     for r in range(source_starts.size):
         scatter_row(
             weights, source, source_starts[r], taps,
-            target, target_starts[r], shifts, stride, rows, length, keep,
+            target, target_starts[r], shifts, pieces, stride, rows, keep,
         )  # fmt: skip
 
 
