@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_tasks import make_toy_task
 
-from benchmarks.racing import compare, summarise
+from benchmarks.racing import compare, summarise, train_stopped
 from evoloss.engine import Engine, LocalSearchSettings, TrainingSettings
 from evoloss.engine.filters import RejectionSettings
 from evoloss.engine.racing import (
@@ -495,18 +495,42 @@ def test_who_diverges_after_a_rung_leaves_twins_and_rivals_as_without_racing() -
     pairs = [Contest(frozenset([0, i])) for i in (1, 2)]
     statuses = evaluate(search, [fair, explosive, twins[0]], pairs)
     assert statuses == ["evaluated", "stopped", "gradient_hits"]
-    # all of them diverge, each in a training of its own
-    alone = [Contest(frozenset([i])) for i in (1, 2)]
-    assert evaluate(search, [fair, twins[0], twins[1]], alone) == [
-        "evaluated",
-        "diverged",
-        "diverged",
-    ]
-    assert find_record(search, explosive).status == "diverged"
-    assert search.evaluation.counts["gradient_hits"] == 0
-    assert search.evaluation.counts["archive_hits"] == 1
-    assert [find_record(search, text).fitness for text in twins] == [math.inf] * 2
+    # trained after all it diverges; its twin, which is not there, waits in its place
+    alone = [Contest(frozenset([1]))]
+    assert evaluate(search, [fair, explosive], alone) == ["evaluated", "diverged"]
+    assert outcome_of(find_record(search, twins[0])) == (math.inf, NUM_STEPS, -math.inf)
+    waiting = train_stopped(search.evaluation.engine, search.archive, NUM_STEPS, 0)
+    assert [loss.key for loss in waiting] == [canonical_key(parse_expression(twins[0]))]
+    # and is trained for another twin that comes; it diverges too, and so does that one
+    assert evaluate(search, [fair, twins[1]], alone) == ["evaluated", "diverged"]
+    assert find_record(search, twins[0]).status == "diverged"
+    assert +search.evaluation.counts == {
+        "archive_hits": 1,
+        "diverged": 1,
+        "training_steps": search.evaluation.counts["training_steps"],
+    }
     assert len(search.archive.key_by_gradient) == 1
+
+
+def test_the_first_twin_whose_training_ends_speaks_for_the_others() -> None:
+    """Where gradients vanish far away nothing diverges."""
+    explosive, also = "square(square(sub(y, f(x))))", "add(y, square(square(sub(y, f(x)))))"
+    bounded = "min(square(square(sub(y, f(x)))), square(square(add(1, add(1, 1)))))"
+    late = [f"add({constant}, {bounded})" for constant in ("y", "mul(y, y)")]
+    search, alone = (make_search(RacingSettings(), kind="regression") for _ in range(2))
+    statuses = evaluate(search, [explosive, also, bounded, late[0]], [])
+    assert statuses == ["diverged", "diverged", "evaluated", "gradient_hits"]
+    evaluate(alone, [bounded], [])
+    heir = find_record(search, bounded)
+    assert heir.twin_of is None
+    assert heir.fitness == pytest.approx(find_record(alone, bounded).fitness, rel=1e-12)
+    # now and later
+    assert evaluate(search, [late[1]], []) == ["gradient_hits"]
+    assert search.evaluation.counts["training_steps"] == 0
+    for text in late:
+        twin = find_record(search, text)
+        assert twin.twin_of == canonical_key(parse_expression(bounded))
+        assert outcome_of(twin) == outcome_of(heir)
 
 
 def test_a_twin_of_who_diverged_is_trained_as_if_it_had_come_alone() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from evoloss.engine.racing import FinishedTrainings
@@ -17,9 +17,9 @@ class Record:
 
     ``status`` is how it came: evaluated, stopped (by racing), rejected, zero_gradient, gradient_hits (an equal loss's
     fitness), diverged. ``expression`` is the loss with its tuned weights as constants, ``complexity`` the node count of
-    its GP ``tree``. ``spared`` are the training steps that racing spared it; unless 0, its fitness is predicted, and
+    its GP ``tree``. ``spared`` are the training steps that it was spared; unless 0, its fitness is predicted, and
     ``best_case`` is what it may be at best. ``twin_of`` is the key of the loss of equal gradients that was trained in
-    its place.
+    its place. One that is to take the place of a loss that diverged was spared all steps, and `WORST` is predicted.
     """
 
     tree: Expression
@@ -37,8 +37,8 @@ class Record:
 class Archive:
     """Records by canonical key (symbolic equivalence), keys by gradient fingerprint (gradient equivalence).
 
-    ``key_by_gradient`` has losses that were trained, to the end or until they were stopped. ``finished`` are the
-    trainings that racing predicts others from.
+    ``key_by_gradient`` has losses that were trained, to the end or until they were stopped, or are to be trained.
+    ``finished`` are the trainings that racing predicts others from.
     """
 
     records: dict[str, Record] = field(default_factory=dict)
@@ -50,15 +50,26 @@ class Archive:
         record = self.records.get(key)
         return key if record is None or record.twin_of is None else record.twin_of
 
-    def find_gradient_key(self, owner: str) -> bytes | None:
+    def find_gradient_key(self, owner: str) -> bytes:
         """Return the gradient fingerprint that ``key_by_gradient`` has a loss under."""
-        return next((g for g, key in self.key_by_gradient.items() if key == owner), None)
+        return next(g for g, key in self.key_by_gradient.items() if key == owner)
 
-    def forget_gradient(self, owner: str) -> None:
-        """Let no other loss have this one's fitness."""
-        gradient_key = self.find_gradient_key(owner)
-        if gradient_key is not None:
-            del self.key_by_gradient[gradient_key]
+    def pass_on(
+        self, owner: str, gradient_key: bytes, twins: Sequence[str], num_steps: int
+    ) -> None:
+        """Let the first of a diverged loss's ``twins`` take its place for the others and for those to come.
+
+        It is to be trained for ``num_steps``, where it matters: with another formula training may well end.
+        """
+        self.key_by_gradient.pop(gradient_key, None)
+        if not twins:
+            return
+        heir, *others = twins
+        self.key_by_gradient[gradient_key] = heir
+        self.records[heir] = replace(
+            self.records[heir], twin_of=None, fitness=WORST, spared=num_steps, best_case=-WORST
+        )
+        self.share_fitness(heir, others)
 
     def list_twins(self) -> dict[str, list[str]]:
         """Return the keys of all losses that have another one's fitness, by that one's key."""

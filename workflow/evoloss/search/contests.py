@@ -14,15 +14,12 @@ from evoloss.search.archive import WORST, Archive
 
 
 class Pending(NamedTuple):
-    """A loss to train with: its key in the archive, its GP tree, the loss, its gradient fingerprint.
-
-    The fingerprint is None if the archive knows the loss, but has another one under it.
-    """
+    """A loss to train with: its key in the archive, its GP tree, the loss, its gradient fingerprint."""
 
     key: str
     tree: Expression
     program: Program
-    gradient_key: bytes | None
+    gradient_key: bytes
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ def line_up(
 def find_reopened(
     owners: Sequence[str], contests: Sequence[Contest], archive: Archive
 ) -> list[str]:
-    """Return the losses that racing stopped and that, by what is known now, may win a contest after all.
+    """Return the losses that were stopped, or not trained yet, and by what is known now may win a contest after all.
 
     ``owners`` and ``contests`` as `line_up` takes them; everyone is in the archive.
     """

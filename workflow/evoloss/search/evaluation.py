@@ -199,39 +199,38 @@ class Evaluation:
     def _run_races(self, pending: Sequence[Pending]) -> None:
         """Train with the losses, and then with those that come to matter by how these have done.
 
-        These are the twins of a loss that diverged, which says nothing about them, and losses that were stopped, now or
-        in an earlier generation, and by what is known then may win a contest of this one after all.
+        These were stopped, now or in an earlier generation, and by what is known then may win a contest of this one
+        after all; or they take the place of a loss that diverged.
         """
-        orphans = self._run_race(
+        self._run_race(
             pending,
             self._resume.get("fitness"),
             self._reach_fitness_point if self._at_safe_point else None,
         )
-        while more := orphans or self._reopen():
-            orphans = self._run_race(more)
+        while reopened := self._find_reopened():
+            self._run_race(reopened)
 
-    def _reopen(self) -> list[Pending]:
+    def _find_reopened(self) -> list[Pending]:
         owners = [self.archive.find_owner(key) for key in self._keys]
         return [
-            self._read_pending(key, self.archive.find_gradient_key(key))
-            for key in find_reopened(owners, self._contests, self.archive)
+            self._read_pending(key) for key in find_reopened(owners, self._contests, self.archive)
         ]
 
-    def _read_pending(self, key: str, gradient_key: bytes | None) -> Pending:
+    def _read_pending(self, key: str) -> Pending:
         record = self.archive.records[key]
         program = self._programs.get(key)
         if program is None:  # of an earlier generation
             compiled = compile_expression if self.settings.local_search else compile_weighted_tree
             program = compiled(record.expression)
-        return Pending(key, record.tree, program, gradient_key)
+        return Pending(key, record.tree, program, self.archive.find_gradient_key(key))
 
     def _run_race(
         self,
         racing: Sequence[Pending],
         resume: dict[str, Any] | None = None,
         at_safe_point: SafePoint | None = None,
-    ) -> list[Pending]:
-        """Train with the losses, remember how they did, and return `_settle`'s orphans."""
+    ) -> None:
+        """Train with the losses and remember how they did."""
         owners = [self.archive.find_owner(key) for key in self._keys]
         lined = LineUp([], [], [])
         if self.settings.racing.rungs:
@@ -252,19 +251,18 @@ class Evaluation:
         )
         self.counts["training_steps"] += int(race.steps.sum())
         twins = self.archive.list_twins()
-        orphans: list[Pending] = []
         for loss, fitness, best_case, steps in zip(
             racing, race.fitness.tolist(), race.best_case.tolist(), race.steps.tolist(), strict=True
         ):
-            orphans += self._settle(loss, fitness, best_case, steps, twins.get(loss.key, []))
-        return orphans
+            self._settle(loss, fitness, best_case, steps, twins.get(loss.key, []))
 
     def _settle(
         self, loss: Pending, fitness: float, best_case: float, steps: int, twins: Sequence[str]
-    ) -> list[Pending]:
-        """Remember how a training went, for the loss and its ``twins``; return those to train as it diverged."""
+    ) -> None:
+        """Remember how a training went, for the loss and its ``twins``."""
+        num_steps = self.settings.fitness_steps
         diverged = not np.isfinite(fitness)
-        status, spared = "evaluated", self.settings.fitness_steps - steps
+        status, spared = "evaluated", num_steps - steps
         if diverged:
             status, spared, fitness, best_case = "diverged", 0, WORST, WORST
         elif spared:
@@ -282,19 +280,11 @@ class Evaluation:
             spared=spared,
             best_case=best_case,
         )
-        if not diverged:
-            if loss.gradient_key is not None:
-                self.archive.key_by_gradient[loss.gradient_key] = loss.key
+        if diverged:
+            self.archive.pass_on(loss.key, loss.gradient_key, twins, num_steps)
+        else:
+            self.archive.key_by_gradient[loss.gradient_key] = loss.key
             self.archive.share_fitness(loss.key, twins)
-            return []
-        self.archive.forget_gradient(loss.key)
-        orphans = [self._read_pending(twin, loss.gradient_key) for twin in twins]
-        for twin in twins:
-            record = self.archive.records.pop(twin)
-            if twin in self._keys:
-                new = record.generation == self._generation
-                self.counts["gradient_hits" if new else "archive_hits"] -= 1
-        return [orphan for orphan in orphans if orphan.key in self._keys]
 
     def _lap(self, phase: str, since: float) -> float:
         now = time.perf_counter()
