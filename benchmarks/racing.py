@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -43,14 +43,6 @@ BUDGETS = {"equal_generations": "generation", "equal_steps": "steps", "equal_tim
 """What searches are compared at: the key of a history row that counts it."""
 
 
-class StoppedLoss(NamedTuple):
-    """Key and generation of a loss that racing stopped, and its fitness after the full training."""
-
-    key: str
-    generation: int
-    fitness: float
-
-
 class _EnoughError(Exception):
     """Ends a search that has had its generations, its training steps and its time."""
 
@@ -58,7 +50,8 @@ class _EnoughError(Exception):
 def run_search(search: GPSearch, enough: Callable[[Row], bool] = lambda row: False) -> list[Row]:
     """Return the history; it ends once a row is ``enough``.
 
-    Rows also have ``cpu_seconds`` and ``steps``, summed so far, and ``tournaments``, which the generation's are.
+    Rows also have ``cpu_seconds`` and ``steps``, summed so far, ``tournaments``, which the generation's are, and
+    ``waiting``, the keys of the losses that are stopped by then; their gradient twins do not count.
     """
     rows: list[Row] = []
     started = time.process_time()
@@ -66,7 +59,8 @@ def run_search(search: GPSearch, enough: Callable[[Row], bool] = lambda row: Fal
     def keep(row: Row) -> None:
         steps = row["training_steps"] + (rows[-1]["steps"] if rows else 0)
         more = {"cpu_seconds": time.process_time() - started, "steps": steps}
-        rows.append({**row, **more, "tournaments": list_tournaments(search)})
+        lists = {"tournaments": list_tournaments(search), "waiting": list_waiting(search.archive)}
+        rows.append({**row, **more, **lists})
         if enough(rows[-1]):
             raise _EnoughError
 
@@ -77,22 +71,21 @@ def run_search(search: GPSearch, enough: Callable[[Row], bool] = lambda row: Fal
     return rows
 
 
-def train_stopped(
+def list_waiting(archive: Archive) -> list[str]:
+    """Return the keys of the losses that were not trained to the end, without their gradient twins."""
+    return [k for k, record in archive.records.items() if record.spared and record.twin_of is None]
+
+
+def find_true_fitness(
     engine: Engine, archive: Archive, num_steps: int, seed: int, num_networks: int = 1
-) -> list[StoppedLoss]:
-    """Train the losses that racing stopped for good to the end after all; their gradient twins stand for themselves."""
-    stopped = {k: r for k, r in archive.records.items() if r.spared and r.twin_of is None}
-    programs = [compile_expression(record.expression) for record in stopped.values()]
-    found = engine.compute_fitness(programs, num_steps, seed, "fitness", num_networks=num_networks)
-    return [
-        StoppedLoss(key, record.generation, fitness)
-        for (key, record), fitness in zip(stopped.items(), found.tolist(), strict=True)
-    ]
-
-
-def find_true_fitness(archive: Archive, stopped: Sequence[StoppedLoss]) -> dict[str, float]:
-    """Return by key what every loss's fitness is, or would be after the full training; ``stopped`` is all of those."""
-    known = {loss.key: loss.fitness for loss in stopped}
+) -> dict[str, float]:
+    """Return by key what every loss's fitness is, or would be after the full training, which this runs."""
+    waiting = list_waiting(archive)
+    programs = [compile_expression(archive.records[key].expression) for key in waiting]
+    trained = engine.compute_fitness(
+        programs, num_steps, seed, "fitness", num_networks=num_networks
+    )
+    known = dict(zip(waiting, trained.tolist(), strict=True))
     return {
         key: known.get(archive.find_owner(key), record.fitness)
         for key, record in archive.records.items()
@@ -104,18 +97,15 @@ def describe(
     rows: Sequence[Row],
     num_steps: int,
     trainings: int,
-    stopped: Sequence[StoppedLoss] = (),
     true_fitness: Mapping[str, float] = MappingProxyType({}),
 ) -> Row:
     """Return fitness and test error of the best loss after the last of ``rows``, and what it took to find.
 
-    ``stopped`` is `train_stopped`'s: ``missed`` counts those that are better than the best loss found by then.
-    ``true_fitness`` is `find_true_fitness`'s: ``tournaments_changed`` counts the tournaments that would have had
-    another winner.
+    ``true_fitness`` is `find_true_fitness`'s. ``missed`` counts the losses that were stopped by then and are better
+    than the best one, ``tournaments_changed`` the tournaments that would have had another winner.
     """
     best = rows[-1]
     tournaments = [t for row in rows for t in row["tournaments"]]
-    by_then = [loss.fitness for loss in stopped if loss.generation <= best["generation"]]
     trained = sum(row["evaluated"] + row["stopped"] + row["diverged"] for row in rows)
     errors = [float("nan")]
     if best["best_expression"]:
@@ -134,7 +124,7 @@ def describe(
         "complexity": best["best_complexity"],
         "candidates_trained": trained,
         "stopped": sum(row["stopped"] for row in rows),
-        "missed": sum(fitness < best["best_fitness"] for fitness in by_then),
+        "missed": sum(true_fitness[key] < best["best_fitness"] for key in best["waiting"]),
         "tournaments": len(tournaments),
         "tournaments_changed": count_changed(tournaments, true_fitness),
         "share_of_steps_spared": 1 - sum(r["training_steps"] for r in rows) / (trained * num_steps)
@@ -155,13 +145,12 @@ def compare(
     on = run_search(
         search, lambda row: all(row[key] >= budgets[budget] for budget, key in BUDGETS.items())
     )
-    stopped = train_stopped(engine, search.archive, num_steps, seed, settings.num_networks)
-    known = (stopped, find_true_fitness(search.archive, stopped))
+    known = find_true_fitness(engine, search.archive, num_steps, seed, settings.num_networks)
     histories = {"off": off}
     for budget, key in BUDGETS.items():
         histories[budget] = [row for row in on if row[key] <= budgets[budget]] or on[:1]
     return {
-        name: describe(engine, rows, num_steps, trainings, *(() if name == "off" else known))
+        name: describe(engine, rows, num_steps, trainings, {} if name == "off" else known)
         for name, rows in histories.items()
     }
 

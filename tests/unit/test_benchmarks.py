@@ -290,52 +290,42 @@ def test_stopped_losses_are_trained_to_the_end_as_the_search_does() -> None:
     engine = workload.build_engine(CPU)
     search = GPSearch(engine, settings, 1)
     rows = racing.run_search(search)
-    trained = {k: r for k, r in search.archive.records.items() if r.status == "evaluated"}
-    assert racing.train_stopped(engine, search.archive, 8, 1) == []
-    for key, record in trained.items():
-        search.archive.records[key] = replace(record, status="stopped", spared=4)
-    stopped = racing.train_stopped(engine, search.archive, 8, 1)
-    assert [loss[:2] for loss in stopped] == [(k, r.generation) for k, r in trained.items()]
-    expected = [record.fitness for record in trained.values()]
-    np.testing.assert_allclose([loss.fitness for loss in stopped], expected, rtol=1e-5)
+    records = search.archive.records
+    trained = {k: r for k, r in records.items() if r.status == "evaluated"}
+    expected = {key: record.fitness for key, record in records.items()}
+    assert racing.list_waiting(search.archive) == []
+    assert racing.find_true_fitness(engine, search.archive, 8, 1) == expected
+    first = next(iter(trained))
+    records["twin"] = replace(trained[first], status="gradient_hits", twin_of=first)
+    for key, record in records.items():
+        if key in trained or key == "twin":
+            records[key] = replace(record, status="stopped", spared=4, fitness=-9.0)
+    assert racing.list_waiting(search.archive) == list(trained)
+    found = racing.find_true_fitness(engine, search.archive, 8, 1)
+    assert found == pytest.approx({**expected, "twin": expected[first]}, rel=1e-5)
+    # stopped by then, or stopped later, or not at all
     best = rows[-1]["best_fitness"]
-    losses = [
-        racing.StoppedLoss(*loss)
-        for loss in (("a", 0, best - 1), ("b", 2, best), ("c", 3, best - 1))
-    ]
-    found = racing.describe(engine, rows, 8, 1, losses)
-    assert (found["stopped"], found["missed"]) == (0, 1)
-    assert found["tournaments_changed"] == 0 < found["tournaments"]
+    rows[-1]["waiting"] = ["a", "b"]
+    row = racing.describe(engine, rows, 8, 1, {"a": best - 1, "b": best, "c": best - 1})
+    assert (row["stopped"], row["missed"]) == (0, 1)
+    assert row["tournaments_changed"] == 0 < row["tournaments"]
 
 
-def test_a_comparison_knows_the_true_fitness_of_all_losses() -> None:
-    workload = make_toy_workload("mlp")
+def test_a_comparison_counts_tournaments_by_the_true_fitness() -> None:
+    """Of losses that were stopped when they met others, and have been trained to the end since."""
     settings = replace(racing_workloads.make_small_search(8), num_generations=2, population_size=8)
-    engine = workload.build_engine(CPU)
+    engine = make_toy_workload("mlp").build_engine(CPU)
     search = GPSearch(engine, settings, 1)
     rows = racing.run_search(search)
     records = search.archive.records
-    (first, record), (second, _) = [
-        item for item in records.items() if item[1].status == "evaluated"
-    ][:2]
-    records["twin"] = replace(record, status="gradient_hits", spared=4, twin_of=first)
-    records[first] = replace(record, status="stopped", spared=4)
-    (loss,) = racing.train_stopped(engine, search.archive, 8, 1)
-    assert (loss.key, loss.fitness) == (first, pytest.approx(record.fitness, rel=1e-5))
-    # the second was stopped when it met others, and has been trained to the end since
-    records[second] = replace(records[second], fitness=-2.0)
-    true_fitness = racing.find_true_fitness(search.archive, [loss._replace(fitness=-1.0)])
-    assert true_fitness["twin"] == true_fitness[first] == -1.0
-    assert true_fitness[second] == -2.0
-    others = records.keys() - {first, second, "twin"}
-    assert others
-    assert all(true_fitness[key] == records[key].fitness for key in others)
+    first, second = [key for key, record in records.items() if record.status == "evaluated"][:2]
     expected = 0
     for tournament in (t for row in rows for t in row["tournaments"]):
         winner = min(tournament, key=lambda entrant: entrant[1])[0]
         keys = {key for key, _ in tournament}
         expected += winner != (second if second in keys else first if first in keys else winner)
-    found = racing.describe(engine, rows, 8, 1, [loss], true_fitness)
+    known = {key: record.fitness for key, record in records.items()} | {first: -1.0, second: -2.0}
+    found = racing.describe(engine, rows, 8, 1, known)
     assert found["tournaments_changed"] == expected > 0
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_tasks import make_toy_task
 
-from benchmarks.racing import compare, summarise, train_stopped
+from benchmarks.racing import compare, find_true_fitness, list_waiting, summarise
 from evoloss.engine import Engine, LocalSearchSettings, TrainingSettings
 from evoloss.engine.filters import RejectionSettings
 from evoloss.engine.racing import (
@@ -499,8 +499,10 @@ def test_who_diverges_after_a_rung_leaves_twins_and_rivals_as_without_racing() -
     alone = [Contest(frozenset([1]))]
     assert evaluate(search, [fair, explosive], alone) == ["evaluated", "diverged"]
     assert outcome_of(find_record(search, twins[0])) == (math.inf, NUM_STEPS, -math.inf)
-    waiting = train_stopped(search.evaluation.engine, search.archive, NUM_STEPS, 0)
-    assert [loss.key for loss in waiting] == [canonical_key(parse_expression(twins[0]))]
+    (waiting,) = list_waiting(search.archive)
+    assert waiting == canonical_key(parse_expression(twins[0]))
+    known = find_true_fitness(search.evaluation.engine, search.archive, NUM_STEPS, 0)
+    assert [key for key, fitness in known.items() if math.isnan(fitness)] == [waiting]
     # and is trained for another twin that comes; it diverges too, and so does that one
     assert evaluate(search, [fair, twins[1]], alone) == ["evaluated", "diverged"]
     assert find_record(search, twins[0]).status == "diverged"
