@@ -517,7 +517,7 @@ def test_who_diverges_after_a_rung_leaves_twins_and_rivals_as_without_racing() -
 def test_the_first_twin_whose_training_ends_speaks_for_the_others() -> None:
     """Where gradients vanish far away nothing diverges."""
     explosive, also = "square(square(sub(y, f(x))))", "add(y, square(square(sub(y, f(x)))))"
-    bounded = "min(square(square(sub(y, f(x)))), square(square(add(1, add(1, 1)))))"
+    bounded = "min(square(square(sub(y, f(x)))), square(square(square(add(1, add(1, 1))))))"
     late = [f"add({constant}, {bounded})" for constant in ("y", "mul(y, y)")]
     search, alone = (make_search(RacingSettings(), kind="regression") for _ in range(2))
     statuses = evaluate(search, [explosive, also, bounded, late[0]], [])
