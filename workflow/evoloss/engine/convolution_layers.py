@@ -18,7 +18,7 @@ from torch import nn
 
 from evoloss.engine.convolution_activations import ACTIVATIONS
 from evoloss.engine.convolution_pooled_kernels import compile_pooled_kernels
-from evoloss.engine.row_dots import add_dot_products, make_blocks, pad_offsets, sum_rows
+from evoloss.engine.row_dots import add_dot_products, make_blocks, sum_rows
 from evoloss.engine.row_products import clear, multiply_rows, scatter_rows
 
 Array = NDArray[Any]
@@ -60,7 +60,7 @@ class Products:
         self._y_rows = ((y * pieces + x) * self._length).ravel()
         shifts = (np.arange(rows)[:, None] * width + np.arange(columns)) * batch
         taps = np.arange(channels)[:, None] * self._x_stride + shifts.ravel()
-        self._x_taps, self._x_blocks = taps.ravel(), pad_offsets(taps.ravel())
+        self._x_taps = taps.ravel()
         # Backward, the columns that reach a pixel are summed at once if the pixels of a row follow each other.
         together = columns if right == 1 else 1
         self._shifts = shifts.reshape(-1, together)[:, 0].copy()
@@ -106,7 +106,7 @@ class Products:
         add_dot_products(
             self._gradient,
             *(dy.reshape(-1), self._y_rows, self._y_stride, rows),
-            *(x.reshape(-1), self._x_rows, self._x_blocks, self._length),
+            *(x.reshape(-1), self._x_rows, self._x_taps, self._length),
         )
         bias_gradient = np.empty(rows, dy.dtype)
         sum_rows(dy.reshape(rows, -1), bias_gradient)
@@ -221,7 +221,7 @@ class PooledConvolution(Products):
         clear(dx)
         self._pool_backward(
             *(self._in_rows(dy), self._in_rows(y), self._window, self._kind, self._row),
-            *(self._gradient, bias_gradient, x.reshape(-1), self._x_rows, self._x_blocks),
+            *(self._gradient, bias_gradient, x.reshape(-1), self._x_rows, self._x_taps),
             *(self._load_transposed(params[0]), self._row_taps, dx, self._shifts, self._pieces),
             *(self._x_stride, len(self._dx), self._keep),
         )

@@ -18,28 +18,22 @@ from evoloss.engine.row_vectors import (
     row_function,
 )
 
-ROWS = 6
-TAPS = find_registers()[1] // ROWS
-"""Block of sums in registers."""
-LENGTH = 1024
-"""Rows are cut at so many elements, for the caches."""
+HEIGHTS = (6, 4)
+"""Rows of the blocks of sums that stay in registers: the second where these are no multiple of the first."""
+LENGTH = 1280
+"""Rows are cut to pieces of at most so many elements, for the caches."""
 
 
 def make_blocks(*shape: int, dtype: Any) -> NDArray[Any]:
     """Return zeros (..., rows, taps) with room for whole blocks, as `add_dot_products` writes."""
-    rows, taps = shape[-2:]
-    return np.zeros((*shape[:-2], rows + -rows % ROWS, taps + -taps % TAPS), dtype=dtype)
-
-
-def pad_offsets(taps: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return tap offsets filled up to whole blocks with the last."""
-    return np.pad(taps, (0, -len(taps) % TAPS), mode="edge")
+    rows, taps = (size + -size % 12 for size in shape[-2:])
+    return np.zeros((*shape[:-2], rows, taps), dtype=dtype)
 
 
 def _make_block(num_rows: int, num_taps: int, num_bytes: int) -> Callable[..., None]:
     """Return the function that adds to ``out[m:, t:]`` the inner products of some rows and taps.
 
-    Rows after ``last`` are taken to be that one.
+    Rows after ``last`` are taken to be that one, taps after the last one likewise.
     """
 
     @intrinsic
@@ -52,15 +46,16 @@ def _make_block(num_rows: int, num_taps: int, num_bytes: int) -> Callable[..., N
             m, t, left_start, stride, last, right_start, length = (
                 arguments[i] for i in (1, 2, 4, 5, 6, 8, 10)
             )
+            last_tap = builder.sub(builder.extract_value(taps.shape, 0), I64(1))
             rows = [builder.add(m, I64(i)) for i in range(num_rows)]
-            lefts = []
-            for row in rows:
-                nearest = builder.select(builder.icmp_signed("<", row, last), row, last)
-                lefts.append(builder.add(left_start, builder.mul(nearest, stride)))
-            rights = [
-                builder.add(right_start, build.read(taps, builder.add(t, I64(k))))
-                for k in range(num_taps)
+            lefts = [
+                builder.add(left_start, builder.mul(build.find_least(row, last), stride))
+                for row in rows
             ]
+            rights = []
+            for k in range(num_taps):
+                tap = build.find_least(builder.add(t, I64(k)), last_tap)
+                rights.append(builder.add(right_start, build.read(taps, tap)))
             sums = [build.make_sum() for _ in range(num_rows * num_taps)]
 
             def add(place: Any, mask: Any = None) -> None:
@@ -78,12 +73,14 @@ def _make_block(num_rows: int, num_taps: int, num_bytes: int) -> Callable[..., N
                 add(whole, build.make_mask(rest))
             totals = build.sum_lanes([builder.load(total) for total in sums])
             width = builder.extract_value(out.shape, 1)
-            part = min(num_taps, build.lanes)
-            for first in range(0, num_rows * num_taps, part):
-                i, k = divmod(first, num_taps)
-                offset = builder.add(builder.mul(rows[i], width), builder.add(t, I64(k)))
-                group, lane = divmod(first, build.lanes)
-                build.add_lanes(totals[group], range(lane, lane + part), out, offset)
+            for i, row in enumerate(rows):
+                k = 0
+                while k < num_taps:  # a row's sums may go on in the next vector
+                    group, lane = divmod(i * num_taps + k, build.lanes)
+                    end = min(build.lanes, lane + num_taps - k)
+                    offset = builder.add(builder.mul(row, width), builder.add(t, I64(k)))
+                    build.add_lanes(totals[group], range(lane, end), out, offset)
+                    k += end - lane
             return context.get_dummy_value()
 
         arguments = (out, m, t, left, left_start, stride, last, right, right_start, taps, length)
@@ -92,25 +89,33 @@ def _make_block(num_rows: int, num_taps: int, num_bytes: int) -> Callable[..., N
     return add_dots
 
 
-def make_dot_row(num_rows: int, num_taps: int, num_bytes: int) -> Callable[..., None]:
-    """Return what does `add_dot_products` for one row, with blocks of this size."""
-    add_dots = _make_block(num_rows, num_taps, num_bytes)
+def make_dot_row(num_bytes: int, num_sums: int) -> Callable[..., None]:
+    """Return what does `add_dot_products` for one row; see `find_registers`."""
+    tall, wide = HEIGHTS
+    tall_taps, wide_taps = num_sums // tall, num_sums // wide
+    add_tall, add_wide = (_make_block(size, num_sums // size, num_bytes) for size in HEIGHTS)
 
     @row_function
     def dot_row(out, left, left_start, stride, rows, right, right_start, taps, length):  # type: ignore[no-untyped-def]
-        for start in range(0, length, LENGTH):
-            n = min(LENGTH, length - start)
-            for m in range(0, rows, num_rows):
-                for t in range(0, taps.size, num_taps):
-                    add_dots(
-                        out, m, t, left, left_start + start, stride, rows - 1,
-                        right, right_start + start, taps, n,
-                    )  # fmt: skip
+        pieces = (length + LENGTH - 1) // LENGTH
+        piece = (length + pieces - 1) // pieces
+        piece = (piece + num_bytes - 1) // num_bytes * num_bytes  # whole vectors
+        is_wide = rows % tall > 0 and rows % wide == 0
+        for start in range(0, length, piece):
+            n, p, q = min(piece, length - start), left_start + start, right_start + start
+            if is_wide:
+                for m in range(0, rows, wide):
+                    for t in range(0, taps.size, wide_taps):
+                        add_wide(out, m, t, left, p, stride, rows - 1, right, q, taps, n)
+            else:
+                for m in range(0, rows, tall):
+                    for t in range(0, taps.size, tall_taps):
+                        add_tall(out, m, t, left, p, stride, rows - 1, right, q, taps, n)
 
     return dot_row
 
 
-dot_row = make_dot_row(ROWS, TAPS, find_registers()[0])
+dot_row = make_dot_row(*find_registers())
 
 
 @product_kernel

@@ -68,6 +68,10 @@ class VectorBuilder:
         """Return one element of an array."""
         return self._builder.load(self._builder.gep(array.data, [offset]))
 
+    def find_least(self, a: Any, b: Any) -> Any:
+        """Return the smaller one of two integers."""
+        return self._builder.select(self._builder.icmp_signed("<", a, b), a, b)
+
     def spread(self, value: Any) -> Any:
         """Return a vector with a value in all lanes."""
         kind = ir.VectorType(value.type, self.lanes)
