@@ -357,8 +357,13 @@ def test_what_it_cannot_handle_is_named() -> None:
     assert not isinstance(read_layers(nn.Linear(6, 3)), str)
 
 
-@pytest.mark.skipif(not has_onednn(), reason="this torch has no oneDNN")
-def test_large_products_equal_torchs_own_for_all_strides() -> None:
+@pytest.mark.parametrize("onednn", [False, True])
+def test_large_products_are_exact_for_all_strides(
+    onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if onednn and not has_onednn():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr("evoloss.engine.products.prefers_onednn", lambda: onednn)
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(256, 300, generator=generator) for _ in range(2))
     bias = torch.randn(256, generator=generator)

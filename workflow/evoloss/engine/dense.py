@@ -1,6 +1,6 @@
 """The fast path of dense networks (multi-layer perceptrons), large and small, by hand-written backpropagation.
 
-A network whose state fills the cache trains alone, by oneDNN's matrix products; smaller ones train in stacks, weights
+A network whose state fills the cache trains alone, by large matrix products; smaller ones train in stacks, weights
 (k, out, in), in batched products. Either way one stack's state stays in the cache for all steps, and stacks are spread
 over the threads.
 """
