@@ -7,12 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.func import functional_call, jvp
 from toy_tasks import make_toy_task
 
 import oracle
 from evoloss.engine import PopulationLoss, TrainingSettings
 from evoloss.engine.convolution_activations import ACTIVATIONS, activate
+from evoloss.engine.convolution_network import Network
 from evoloss.engine.convolutional import CHUNK, EVALUATION_BATCH, ConvolutionalPath
 from evoloss.engine.general import GeneralPath
 from evoloss.engine.path import Path
@@ -115,6 +119,59 @@ def test_training_equals_the_general_path(network: str, settings: TrainingSettin
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
     for p, value in zip(models[0].parameters(), before, strict=True):
         assert torch.equal(p, value)
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
+    """Return one or two convolutions of any size, activated and perhaps pooled, a linear layer, and a batch."""
+    channels, *size = (draw(st.integers(*bounds)) for bounds in ((1, 4), (3, 12), (3, 12)))
+    shape = (channels, *size)
+    layers: list[nn.Module] = []
+    for _ in range(draw(st.integers(1, 2))):
+        kernel = tuple(draw(st.integers(1, min(5, side))) for side in size)
+        stride, padding = (draw(st.integers(1, 2)), draw(st.sampled_from([1, 1, 2]))), 1
+        outputs = draw(st.sampled_from([1, 3, 4, 6, 7, 12, 16]))
+        layers.append(
+            nn.Conv2d(channels, outputs, kernel, stride, padding, bias=draw(st.booleans()))
+        )
+        layers.append(draw(st.sampled_from([nn.Tanh, nn.Sigmoid, nn.ReLU]))())
+        size = [
+            (a + 2 * padding - k) // s + 1 for a, k, s in zip(size, kernel, stride, strict=True)
+        ]
+        channels = outputs
+        if draw(st.booleans()):
+            window = tuple(draw(st.integers(1, min(3, side))) for side in size)
+            layers.append(nn.AvgPool2d(window))
+            size = [side // width for side, width in zip(size, window, strict=True)]
+    layers += [nn.Flatten(), nn.Linear(channels * size[0] * size[1], 3, bias=draw(st.booleans()))]
+    torch.manual_seed(draw(st.integers(0, 9)))
+    batch = draw(st.sampled_from([1, 3, 8, 16, 17, 33]))
+    return nn.Sequential(*layers).double(), torch.randn(batch, *shape).double()
+
+
+@settings(max_examples=60, deadline=None)
+@given(networks())
+def test_layers_and_their_derivatives_equal_autograd(case: tuple[nn.Module, Tensor]) -> None:
+    model, x = case
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    arrays = [p.numpy() for p in params.values()]
+    outputs = model(x)
+    upstream = torch.randn_like(outputs)
+    gradients = torch.autograd.grad(outputs, list(model.parameters()), upstream)
+    directions = {name: torch.randn_like(p) for name, p in params.items()}
+    _, along = jvp(lambda p: functional_call(model, p, (x,)), (params,), (directions,))
+    kept, used = (
+        Network(model, tuple(x.shape[1:]), len(x), np.dtype(np.float64)) for _ in range(2)
+    )
+    activations = kept.forward(arrays, kept.enter(x))
+    np.testing.assert_allclose(activations[-1].T, outputs.detach(), atol=1e-10)
+    found = used.tangent(arrays, activations, [d.numpy() for d in directions.values()])
+    np.testing.assert_allclose(found.T, along, atol=1e-10)
+    upstream_array = np.ascontiguousarray(upstream.T.numpy())
+    for own, gradient in zip(
+        used.backward(arrays, activations, upstream_array), gradients, strict=True
+    ):
+        np.testing.assert_allclose(own, gradient, atol=1e-9)
 
 
 def test_long_training_and_large_splits_are_done_in_parts() -> None:
