@@ -30,7 +30,7 @@ from evoloss.expressions import Program
 if TYPE_CHECKING:
     from evoloss.engine.engine import Engine
 
-NEIGHBOURS = 15
+NEIGHBOURS = 30
 """Candidates trained to the end that a forecast comes from; a search that knows fewer stops nobody."""
 
 MARGIN = 0.3
