@@ -21,6 +21,7 @@ from evoloss.engine import (
     kernels,
     loss_params,
     row_products,
+    row_vectors,
     softmax_kernels,
 )
 from evoloss.engine.kernel_rows import TERMINALS, digest_sources, kernel, sweep
@@ -64,7 +65,7 @@ def sweep_candidate(  # type: ignore[no-untyped-def]
 @functools.cache
 def _compile() -> tuple[Callable[..., None], Callable[..., None]]:
     digest = digest_sources(
-        *(row_products, kernel_forward, kernel_reverse),
+        *(row_products, row_vectors, kernel_forward, kernel_reverse),
         *(kernel_rows, kernels, softmax_kernels, loss_params),
     )
 

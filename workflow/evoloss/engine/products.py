@@ -3,14 +3,16 @@
 torch's products go to Intel's MKL, which keeps AVX-512 for Intel's processors: on an AMD EPYC (Zen 5), one thread,
 those of a 1000 x 1000 layer run at 90 GFLOP/s there and at 190 GFLOP/s in oneDNN, which torch ships but asks for lower
 precisions alone; the arithmetic is float32 in both. (On an Intel Xeon oneDNN takes 1.12 times as long.) MKL is slow at
-few columns, too. Everything else (small products, float64, other devices, a torch without oneDNN) is torch's own.
+few columns, too. Everything else (small products, float64, other processors and devices, a torch without oneDNN) is
+torch's own.
 """
 
 from __future__ import annotations
 
 import functools
+import platform
+from pathlib import Path
 
-import llvmlite.binding
 import torch
 from torch import Tensor
 
@@ -28,7 +30,9 @@ def has_onednn() -> bool:
 @functools.cache
 def prefers_onednn() -> bool:
     """Tell whether large products are oneDNN's here: on AMD's processors, if it is there."""
-    return has_onednn() and llvmlite.binding.get_host_cpu_name().startswith("znver")
+    file = Path("/proc/cpuinfo")
+    processor = file.read_text(encoding="utf-8") if file.exists() else platform.processor()
+    return has_onednn() and "AuthenticAMD" in processor
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -19,13 +19,14 @@ from evoloss.engine.row_vectors import (
 )
 
 HEIGHTS = (6, 4)
-"""Rows of the blocks of sums that stay in registers: the second where these are no multiple of the first."""
+"""Rows of the blocks of sums that stay in registers: the second for a multiple of that alone."""
 LENGTH = 1280
 """Rows are cut to pieces of at most so many elements, for the caches."""
 
 
 def make_blocks(*shape: int, dtype: Any) -> NDArray[Any]:
     """Return zeros (..., rows, taps) with room for whole blocks, as `add_dot_products` writes."""
+    # of 6, 4, 3 or 2 rows and taps
     rows, taps = (size + -size % 12 for size in shape[-2:])
     return np.zeros((*shape[:-2], rows, taps), dtype=dtype)
 
@@ -125,7 +126,7 @@ def add_dot_products(  # type: ignore[no-untyped-def]
     """Add to ``out`` (rows, taps; whole blocks) the inner products of rows of ``left`` and of ``right``.
 
     For all m < ``rows``: ``out[m, t]`` += sum over r and j of ``left[left_starts[r] + m * stride + j]``
-    * ``right[right_starts[r] + taps[t] + j]``, j < ``length``. What lies beyond ``rows`` has no meaning.
+    * ``right[right_starts[r] + taps[t] + j]``, j < ``length``. What lies beyond has no meaning.
     """
     for r in range(left_starts.size):
         dot_row(out, left, left_starts[r], stride, rows, right, right_starts[r], taps, length)

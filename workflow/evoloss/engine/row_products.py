@@ -10,8 +10,6 @@ weight gradient.
 A few sums of a few vectors each stay in registers from the first tap to the last, as in any fast matrix product
 (Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008); `evoloss.engine.row_vectors` has the
 language that this is written in.
-
-``contract`` and ``reassoc`` change rounding alone; NaN and infinity stay what they are.
 """
 
 from __future__ import annotations

@@ -54,10 +54,8 @@ class Archive:
         """Return the gradient fingerprint that ``key_by_gradient`` has a loss under."""
         return next(g for g, key in self.key_by_gradient.items() if key == owner)
 
-    def pass_on(
-        self, owner: str, gradient_key: bytes, twins: Sequence[str], num_steps: int
-    ) -> None:
-        """Let the first of a diverged loss's ``twins`` take its place for the others and for those to come.
+    def pass_on(self, gradient_key: bytes, twins: Sequence[str], num_steps: int) -> None:
+        """Let the first of ``twins`` take the place of a loss that diverged, for the others and for those to come.
 
         It is to be trained for ``num_steps``, where it matters: with another formula training may well end.
         """

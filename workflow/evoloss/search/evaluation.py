@@ -281,7 +281,7 @@ class Evaluation:
             best_case=best_case,
         )
         if diverged:
-            self.archive.pass_on(loss.key, loss.gradient_key, twins, num_steps)
+            self.archive.pass_on(loss.gradient_key, twins, num_steps)
         else:
             self.archive.key_by_gradient[loss.gradient_key] = loss.key
             self.archive.share_fitness(loss.key, twins)
