@@ -213,6 +213,15 @@ def cut_down(settings: SearchSettings, options: argparse.Namespace) -> SearchSet
     return replace(settings, **given)
 
 
+def add_budget_options(parser: argparse.ArgumentParser) -> None:
+    """Add what `cut_down` reads, the rungs, and the results' file."""
+    parser.add_argument("--generations", type=int, help="instead of the workload's own number")
+    parser.add_argument("--meta-steps", type=int, help="of the local search, likewise; 0: none")
+    parser.add_argument("--fitness-steps", type=int, help="likewise")
+    parser.add_argument("--rungs", type=float, nargs="+", default=RUNGS, help="above 0, below 1")
+    parser.add_argument("--json", type=Path, help="add the results to this file")
+
+
 def main(arguments: Sequence[str]) -> int:
     """Measure, print a table for every workload, and add it to the JSON file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.racing", description=__doc__)
@@ -220,12 +229,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=small)
     parser.add_argument("--seeds", type=int, default=6, help="searches of each kind (default: 6)")
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--generations", type=int, help="instead of the workload's own number")
-    parser.add_argument("--meta-steps", type=int, help="of the local search, likewise; 0: none")
-    parser.add_argument("--fitness-steps", type=int, help="likewise")
     parser.add_argument("--learning-rate", type=float, help="of the base models, likewise")
-    parser.add_argument("--rungs", type=float, nargs="+", default=RUNGS, help="above 0, below 1")
-    parser.add_argument("--json", type=Path, help="add the results to this file")
+    add_budget_options(parser)
     options = parser.parse_args(arguments)
     if options.seeds < 2:
         parser.error(f"--seeds is {options.seeds}; a comparison needs at least 2")

@@ -175,6 +175,28 @@ def format_racing(results: Mapping[str, Any]) -> str:
     return make_table(header, rows)
 
 
+def format_replays(results: Mapping[str, Any]) -> str:
+    """Return the table of recorded searches and their replays with racing."""
+    rows = [
+        [
+            name,
+            r["size"],
+            f"{r['cpu']}, {(r['commit'] or 'no repository')[:7]}",
+            f"{r['local_searches']}, {r['trainings']}",
+            *("none" if r["fitness"][how] is None else f"{r['fitness'][how]:.4g}" for how in ("off", "on")),
+            "never" if r["parted"] is None else f"in generation {r['parted']}",
+            str(r["stopped"]),
+            f"{r['share_of_steps_spared']:.0%}",
+        ]
+        for name, r in results.items()
+    ]  # fmt: skip
+    header = [
+        "search", "candidates x generations", "processor, commit", "local searches, trainings",
+        "best fitness without racing", "with", "the searches part", "stopped", "training steps spared",
+    ]  # fmt: skip
+    return make_table(header, rows)
+
+
 def format_difference(summary: Mapping[str, Any]) -> str:
     """Return ``mean ± standard error, median; better : worse`` of differences; ``?`` for what is not known."""
     mean, median = (
@@ -189,6 +211,7 @@ SECTIONS = {
     "workloads": ("Engine against sequential autograd", format_timing),
     "searches": ("Whole searches", format_searches),
     "racing": ("Racing on, against off", format_racing),
+    "replays": ("Racing replayed", format_replays),
     "accuracy": ("Accuracy of float32", format_accuracy),
     "scaling": ("Scaling", format_scaling),
 }

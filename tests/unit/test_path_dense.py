@@ -23,6 +23,7 @@ from evoloss.engine.dense_layers import read_layers
 from evoloss.engine.dense_meta import DenseContext
 from evoloss.engine.general import GeneralPath
 from evoloss.engine.linear import LinearPath
+from evoloss.engine.mask_products import is_worthwhile, multiply_mask
 from evoloss.engine.path import Path
 from evoloss.engine.products import has_onednn, product
 from evoloss.engine.snapshot import restore_snapshot, take_snapshot
@@ -65,7 +66,7 @@ def make_task(kind: str) -> Task:
 
 
 def make_network(kind: str, num_outputs: int, seed: int = 0) -> nn.Module:
-    """small: every stepped weight is formed; wide and deep: low rank, with and without biases."""
+    """small: every stepped weight is formed; wide and deep: low rank, with and without biases; rectified: masks."""
     torch.manual_seed(seed)
     layers: dict[str, list[nn.Module]] = {
         "small": [nn.Flatten(), nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, num_outputs)],
@@ -82,11 +83,21 @@ def make_network(kind: str, num_outputs: int, seed: int = 0) -> nn.Module:
             nn.Linear(6, 50, bias=False), nn.Tanh(), nn.Linear(50, 60), nn.ReLU(),
             nn.Linear(60, 40), nn.Linear(40, num_outputs, bias=False),
         ],
+        "rectified": [
+            nn.Linear(6, 41), nn.ReLU(), nn.Linear(41, 35), nn.ReLU(), nn.Linear(35, num_outputs),
+        ],
     }  # fmt: skip
     return nn.Sequential(*layers[kind]).double()
 
 
-NETWORKS = ("small", "sigmoid at the end", "wide", "deep")
+NETWORKS = ("small", "sigmoid at the end", "wide", "deep", "rectified")
+
+
+@pytest.fixture
+def masks_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of masks are used however small they are."""
+    monkeypatch.setattr("evoloss.engine.mask_products.MIN_TERMS", 1)
+    monkeypatch.setattr("evoloss.engine.mask_products.MIN_MULTIPLICATIONS", 1)
 
 
 def weighted(formula: str, seed: int) -> Program:
@@ -117,6 +128,7 @@ def train(path: Path, task: Task, loss: PopulationLoss, models: list[nn.Module])
     return path.outputs(state, task.validation.x)
 
 
+@pytest.mark.usefixtures("masks_everywhere")
 @pytest.mark.parametrize("stack_size", [1, 2, 100])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("kind", KINDS)
@@ -149,6 +161,7 @@ def test_networks_may_start_from_one_model_and_stay_apart_from_it() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.usefixtures("masks_everywhere")
 @pytest.mark.parametrize(("num_inner", "num_outer"), [(4, 4), (4, 30), (30, 5)])
 @pytest.mark.parametrize("settings", [SETTINGS["sgd"], SETTINGS["nesterov"]], ids=["sgd", "nag"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -169,6 +182,51 @@ def test_meta_gradient_equals_double_backprop(
         found = gradient[loss.offsets[p] : loss.offsets[p + 1]]
         assert values[p].item() == pytest.approx(value, rel=1e-9)
         assert np.linalg.norm(found - expected) <= 1e-8 * np.linalg.norm(expected)
+
+
+@pytest.mark.usefixtures("masks_everywhere")
+def test_one_output_above_a_relu_is_trained_by_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A local search too; nothing else is."""
+    counts = {"products": 0}
+
+    def count(*arguments: Tensor) -> Tensor:
+        counts["products"] += 1
+        return multiply_mask(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("evoloss.engine.dense_masked.multiply_mask", count)
+    for network, kind, stack_size, expected in (
+        ("rectified", "one output", 1, 2),
+        ("rectified", "binary", 1, 2),
+        ("rectified", "one output", 2, 0),
+        ("rectified", "classes", 1, 0),
+        ("wide", "one output", 1, 0),
+    ):
+        counts["products"] = 0
+        task = make_task(kind)
+        model = make_network(network, task.num_outputs)
+        path, loss = DensePath(task, model, PLAIN), make_loss(task, 2)
+        path.stack_size = stack_size
+        targets = task.encode_targets(task.train.y, task.train.x.dtype)
+        state = path.start([model, model])
+        if stack_size == 1:
+            assert [len(stack) for stack in state] == [1, 1]
+        path.advance(state, loss, task.train.x, targets, draw_batches(60, 16, 1, 1))
+        assert counts["products"] == expected * (2 // stack_size)
+    counts["products"] = 0
+    task = make_task("one output")
+    model = make_network("rectified", 1)
+    path = DensePath(task, model, PLAIN)
+    context = path.prepare(model, take(task, task.train, 4), take(task, task.validation, 4))
+    path.meta_gradients(context, make_loss(task, 1))
+    assert counts["products"] == 1
+
+
+def test_large_layers_alone_are_trained_by_masks() -> None:
+    """Where it is faster: of the paper's network at its batch size, not of a small one."""
+    assert is_worthwhile(128, 1000, 1000)
+    assert is_worthwhile(1000, 32, 1000)
+    assert not is_worthwhile(1000, 16, 1000)
+    assert not is_worthwhile(32, 64, 64)
 
 
 def describe_layers(context: DenseContext) -> list[str]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from evoloss.engine.dense_layers import activate, activate_backward, affine, read_layers
 from evoloss.engine.dense_linearised import linearise_dense
+from evoloss.engine.dense_masked import MaskedGradient
 from evoloss.engine.dense_meta import DenseContext, dense_meta_gradients, prepare_dense
 from evoloss.engine.functional import find_addition
 from evoloss.engine.linearised import LinearisedContext, linearised_meta_gradients
@@ -194,16 +195,32 @@ class DensePath:
         """Return the gradients by all parameters; ``upstream`` (k, B, out) by the last values."""
         gradients: list[Tensor] = []
         left = list(params)
+        masked: MaskedGradient | None = None
         for i in reversed(range(len(self.activations))):
             upstream = activate_backward(self.activations[i], upstream, values[i + 1])
             if self.has_bias[i]:
                 left.pop()
                 gradients.append(upstream.sum(1))
             weight = left.pop()
-            gradients.append(stacked_product(upstream.mT, values[i]))
+            gradients.append(
+                masked.by_weight(values[i]) if masked else stacked_product(upstream.mT, values[i])
+            )
             if i:
-                upstream = stacked_product(upstream, weight)
+                below = self._mask_below(i, upstream, weight, values)
+                upstream = (
+                    masked.by_inputs(weight[0]) if masked else stacked_product(upstream, weight)
+                )
+                masked = below
         return gradients[::-1]
+
+    def _mask_below(
+        self, i: int, upstream: Tensor, weight: Tensor, values: list[Tensor]
+    ) -> MaskedGradient | None:
+        """Return the gradient by the values of layer ``i`` - 1 as a masked one, if that is worthwhile."""
+        num_inputs = values[i - 1].shape[-1]
+        if MaskedGradient.fits(self.activations[i - 1], upstream, weight, num_inputs):
+            return MaskedGradient(upstream, weight, values[i])
+        return None
 
     @torch.no_grad()
     def outputs(self, state: list[Stack], x: Tensor) -> Tensor:

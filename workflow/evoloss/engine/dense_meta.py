@@ -28,6 +28,7 @@ from evoloss.engine.dense_layers import (
     forward_values,
     read_layers,
 )
+from evoloss.engine.dense_masked import MaskedGradient
 from evoloss.engine.population_loss import PopulationLoss, TaskLoss
 from evoloss.engine.products import product, stacked_product
 from evoloss.engine.settings import TrainingSettings
@@ -202,15 +203,20 @@ def _step_through(
     losses = task.compute_task_loss(values[-1], context.outer_y)
     upstream = TaskLoss(task).output_gradients(values[-1], context.outer_targets)
     direction = torch.zeros_like(u)
+    masked: MaskedGradient | None = None
     for i in reversed(range(len(layers))):
         layer, step = layers[i], steps[i]
         upstream = activate_backward(layer.activation, upstream, values[i])
         if len(layer.outer) == 2 or layer.joint is not None:
             residual, change = step.correlate(upstream, grams[i])
             direction += change
-            if layer.joint is not None:
+            if layer.joint is not None and masked:
+                upstream = masked.by_inputs(layer.weight)
+                upstream += stacked_product(residual, layer.inputs.unsqueeze(0))
+            elif layer.joint is not None:
                 upstream = torch.cat([upstream, residual], -1)
                 upstream = stacked_product(upstream, layer.joint.unsqueeze(0))
+            masked = None
             continue
         gradient = stacked_product(upstream.mT, grams[i])
         tangents = stacked_product(layer.inputs.unsqueeze(0), gradient.mT)
@@ -218,7 +224,11 @@ def _step_through(
             tangents = tangents + upstream.sum(1, keepdim=True)
         direction += step.contract(tangents)
         if i:
-            upstream = stacked_product(upstream, weights.pop())
+            weight, below = weights.pop(), layers[i - 1]
+            masked = None
+            if MaskedGradient.fits(below.activation, upstream, weight, below.weight.shape[1]):
+                masked = MaskedGradient(upstream, weight, values[i - 1])
+            upstream = stacked_product(upstream, weight)
     return losses, direction
 
 

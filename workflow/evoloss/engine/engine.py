@@ -129,6 +129,12 @@ class Engine:
         rows = rows.to(self.device)
         return Batch(data.x[rows], data.y[rows], self.encoded_targets[split][rows])
 
+    def start_training(
+        self, loss: OutputLoss, num_steps: int, *stream: int | str, num_networks: int = 1
+    ) -> TrainingRun:
+        """Return the training of networks under every loss, before its first step; see `TrainingRun`."""
+        return TrainingRun(self, loss, num_steps, *stream, num_networks=num_networks)
+
     def train(
         self,
         loss: OutputLoss,
@@ -147,7 +153,7 @@ class Engine:
         evaluated before is.
         """
         steps = sorted({num_steps} if evaluate_at is None else {*evaluate_at, num_steps})
-        run = TrainingRun(self, loss, num_steps, *stream)
+        run = self.start_training(loss, num_steps, *stream)
         if resume is not None:
             run.restore(resume)
         for step in steps:
@@ -174,7 +180,7 @@ class Engine:
         if not programs:
             return np.empty(0)
         loss = self.population_loss(programs)
-        run = TrainingRun(self, loss, num_steps, *stream, num_networks=num_networks)
+        run = self.start_training(loss, num_steps, *stream, num_networks=num_networks)
         run.advance(num_steps)
         return run.evaluate("validation").metric
 

@@ -24,7 +24,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from evoloss.engine.safe_point import SafePoint
-from evoloss.engine.training_run import TrainingRun
 from evoloss.expressions import Program
 
 if TYPE_CHECKING:
@@ -173,7 +172,7 @@ def run_race(
     if size == 0:
         return result
     loss = engine.population_loss(programs)
-    run = TrainingRun(engine, loss, num_steps, *stream, num_networks=num_networks)
+    run = engine.start_training(loss, num_steps, *stream, num_networks=num_networks)
     running = np.arange(size)
     curves: dict[int, NDArray[np.float64]] = {}
     if resume is not None:

@@ -124,6 +124,14 @@ class VectorBuilder:
         store = self._declare("store", ir.VoidType(), self.kind, at.type, I32, mask.type)
         self._builder.call(store, [value, at, I32(self.size), mask])
 
+    def prefetch(self, array: Any, offset: Any, for_writing: bool = False) -> None:
+        """Ask for an element's cache line to come to the second-level cache; it may lie outside the array."""
+        at = self._builder.gep(array.data, [offset])
+        name = f"llvm.prefetch.p{at.type.addrspace}"
+        function = ir.FunctionType(ir.VoidType(), (at.type, I32, I32, I32))
+        prefetch = cgutils.get_or_insert_function(self._builder.module, function, name)  # type: ignore[no-untyped-call]
+        self._builder.call(prefetch, [at, I32(int(for_writing)), I32(2), I32(1)])
+
     def add_lanes(self, value: Any, lanes: Sequence[int], array: Any, offset: Any) -> None:
         """Add these lanes of a vector to elements of an array that follow each other."""
         part = self.shuffle(value, value, lanes)

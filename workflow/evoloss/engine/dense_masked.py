@@ -1,0 +1,48 @@
+"""Backpropagation through a ReLU layer below a single output, by its mask.
+
+There the gradient by the layer's Z is diag(u) M diag(w): u the gradient by the output of every sample, w the output's
+weights, M the mask. So both products of the layer below are products of the mask, which `evoloss.engine.mask_products`
+computes in half the time of a matrix product.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from evoloss.engine.mask_products import encode_mask, is_worthwhile, multiply_mask
+
+
+class MaskedGradient:
+    """The gradient by Z (1, B, out) of a ReLU layer, by its factors.
+
+    Parameters
+    ----------
+    upstream
+        u, (1, B, 1), the gradient by the output.
+    weight
+        w, (1, 1, out), the output's weights.
+    values
+        The layer's values (1, B, out).
+    """
+
+    def __init__(self, upstream: Tensor, weight: Tensor, values: Tensor) -> None:
+        self._upstream = upstream.reshape(-1)
+        self._weight = weight.reshape(-1)
+        self._values = values[0]
+
+    @staticmethod
+    def fits(activation: str, upstream: Tensor, weight: Tensor, num_inputs: int) -> bool:
+        """Tell whether the layer below the output is of this kind and large; arguments as above."""
+        (networks, rows, outputs), units = upstream.shape, weight.shape[-1]
+        single = activation == "relu" and networks == outputs == 1
+        return single and upstream.device.type == "cpu" and is_worthwhile(rows, units, num_inputs)
+
+    def by_weight(self, inputs: Tensor) -> Tensor:
+        """Return the gradient by the layer's weight (1, out, in) for its ``inputs`` (1, B, in)."""
+        mask = encode_mask(self._values)
+        return multiply_mask(mask, inputs[0], self._upstream, self._weight).unsqueeze(0)
+
+    def by_inputs(self, weight: Tensor) -> Tensor:
+        """Return the gradient by the layer's inputs (1, B, in) for its ``weight`` (out, in)."""
+        mask = encode_mask(self._values.t().contiguous())
+        return multiply_mask(mask, weight, self._weight, self._upstream).unsqueeze(0)
