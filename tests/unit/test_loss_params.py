@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from toy_tasks import make_toy_task
 
-from evoloss.engine import Engine, LocalSearchSettings, TrainingSettings
+from evoloss.engine import Engine, LocalSearchSettings, PopulationLoss, TrainingSettings
 from evoloss.engine.loss_params import LossParams, join_progress
+from evoloss.engine.path import Context
 from evoloss.expressions import Program, compile_weighted_tree, parse_expression
 
 FORMULAS = (
@@ -127,3 +128,33 @@ def test_compiled_meta_steps_equal_single_ones(precision: str) -> None:
         for one, start in zip(found, make_programs(), strict=True)
     ]
     assert moved == [True, True, False, True]
+
+
+def test_candidates_whose_search_has_ended_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others go on as they do without them, and a search with nobody left goes through its steps."""
+    settings = TrainingSettings(16, 0.05, precision="float64")
+    engine = Engine(make_toy_task(), "mlp", settings, torch.device("cpu"), widths=(8,))
+    search = LocalSearchSettings(6, 1, 0.01)
+    programs = make_programs()
+    good = [program for p, program in enumerate(programs) if p != 2]
+    expected = engine.local_search(good, search, 1)
+    sizes = []
+    compute = Engine.meta_gradients
+
+    def count(self: Engine, context: Context, loss: PopulationLoss) -> object:
+        sizes.append(loss.size)
+        return compute(self, context, loss)
+
+    monkeypatch.setattr(Engine, "meta_gradients", count)
+    values = []
+    found = engine.local_search(programs, search, 1, on_step=lambda _, v, __: values.append(v))
+    assert sizes == [4, 3, 3, 3, 3, 3]
+    np.testing.assert_array_equal(found[2].weights, programs[2].weights)
+    for a, b in zip([found[0], found[1], found[3]], expected, strict=True):
+        np.testing.assert_allclose(a.weights, b.weights, rtol=1e-10)
+    assert np.isfinite(np.array(values)[:, [0, 1, 3]]).all()
+    assert np.isnan(np.array(values)[1:, 2]).all()
+    sizes.clear()
+    (alone,) = engine.local_search([programs[2]], search, 1)
+    assert sizes == [1]
+    np.testing.assert_array_equal(alone.weights, programs[2].weights)

@@ -10,6 +10,7 @@ tangent that it is given. `evoloss.engine.convolution_fixed_layers` has the laye
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,18 @@ Shape = tuple[int, ...]
 
 class UnsupportedLayerError(Exception):
     """A module or an input shape that no layer here stands for; the text is half a sentence."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A convolution in pixels: ``taps`` of the input for output pixel 0, ``row_step`` between those of output rows."""
+
+    channels: int
+    pixels: int
+    taps: NDArray[np.int64]
+    row_step: int
+    out_height: int
+    out_width: int
 
 
 class Products:
@@ -67,6 +80,10 @@ class Products:
         self._pieces = _list_pieces(piece, together, out[0], batch)
         self._columns = np.arange(together)[:, None] * batch
         self._y_taps = (np.arange(out[0]) * self._y_stride - self._columns).ravel()
+        self.has_bias = module.bias is not None
+        self.geometry = Geometry(
+            channels, height * width, self._x_taps // batch, down * width, out[1], out[2]
+        )
         self._y = np.empty((*self.shape, batch), dtype)
         self._dx = np.empty((*shape, batch), dtype)
         self._keep, self._no_bias = np.empty(0, dtype), np.zeros(out[0], dtype)
@@ -111,14 +128,19 @@ class Products:
         bias_gradient = np.empty(rows, dy.dtype)
         sum_rows(dy.reshape(rows, -1), bias_gradient)
         if wants_dx:
-            clear(self._dx.reshape(-1))
-            scatter_rows(
-                self._load_transposed(params[0]),
-                *(dy.reshape(-1), self._y_rows, self._y_taps),
-                *(self._dx.reshape(-1), self._x_rows, self._shifts, self._pieces),
-                *(self._x_stride, len(self._dx), self._keep),
-            )
+            self.pull_back(params, y, dy)
         return self._take_gradients(params, bias_gradient), self._dx
+
+    def pull_back(self, params: Sequence[Array], y: Array, dy: Array) -> Array:
+        """Return the gradient by the input alone."""
+        clear(self._dx.reshape(-1))
+        scatter_rows(
+            self._load_transposed(params[0]),
+            *(dy.reshape(-1), self._y_rows, self._y_taps),
+            *(self._dx.reshape(-1), self._x_rows, self._shifts, self._pieces),
+            *(self._x_stride, len(self._dx), self._keep),
+        )
+        return self._dx
 
     def _take_gradients(self, params: Sequence[Array], bias_gradient: Array) -> list[Array]:
         rows = len(params[0])
@@ -170,12 +192,13 @@ class PooledConvolution(Products):
         super().__init__(modules[0], shape, batch, dtype)
         rows, columns = find_window(modules[2])
         channels, height, width = self.shape
-        self._kind = ACTIVATIONS.index(type(modules[1]).__name__)
-        self._window = (rows, columns, batch)
+        self.kind = ACTIVATIONS.index(type(modules[1]).__name__)
+        self.window = (rows, columns, batch)
         self.shape = (channels, height // rows, width // columns)
         self._pooled = np.empty((*self.shape, batch), dtype)
         self._row = np.empty((channels, self._length), dtype)
         self._row_taps = (np.arange(channels) * self._length - self._columns).ravel()
+        self._no_gradient = np.empty((1, 0), dtype)
         self._convolve_and_pool, self._pool_tangent, self._pool_backward = compile_pooled_kernels()
 
     @staticmethod
@@ -206,7 +229,7 @@ class PooledConvolution(Products):
         """Return the activation's and the pooling's output."""
         self._convolve_and_pool(
             *(self._flatten(params[0]), x.reshape(-1), self._x_rows, self._x_taps),
-            *(self._in_rows(self._y), self._in_rows(self._pooled), self._window, self._kind),
+            *(self._in_rows(self._y), self._in_rows(self._pooled), self.window, self.kind),
             params[1] if len(params) == 2 else self._no_bias,
         )
         return self._y, self._pooled
@@ -217,15 +240,34 @@ class PooledConvolution(Products):
         """See `Products`; ``y`` is the activation's output, ``dy`` the gradient by the pooling's."""
         self._gradient.fill(0.0)
         bias_gradient = np.zeros(len(params[0]), dy.dtype)
-        dx = self._dx.reshape(-1) if wants_dx else self._keep
-        clear(dx)
-        self._pool_backward(
-            *(self._in_rows(dy), self._in_rows(y), self._window, self._kind, self._row),
-            *(self._gradient, bias_gradient, x.reshape(-1), self._x_rows, self._x_taps),
-            *(self._load_transposed(params[0]), self._row_taps, dx, self._shifts, self._pieces),
-            *(self._x_stride, len(self._dx), self._keep),
-        )
+        dx = self._dx if wants_dx else self._keep
+        self._run_backward(params, self._gradient, bias_gradient, x, y, dy, dx)
         return self._take_gradients(params, bias_gradient), self._dx
+
+    def pull_back(self, params: Sequence[Array], y: Array, dy: Array) -> Array:
+        """See `Products`; ``y`` and ``dy`` as in `backward`."""
+        none = self._no_gradient
+        self._run_backward(params, none, none[0], self._keep, y, dy, self._dx)
+        return self._dx
+
+    def _run_backward(
+        self,
+        params: Sequence[Array],
+        gradient: Array,
+        bias_gradient: Array,
+        x: Array,
+        y: Array,
+        dy: Array,
+        dx: Array,
+    ) -> None:
+        """Add the gradients to those of the arrays that are not empty; ``dx`` is cleared."""
+        clear(dx.reshape(-1))
+        self._pool_backward(
+            *(self._in_rows(dy), self._in_rows(y), self.window, self.kind, self._row),
+            *(gradient, bias_gradient, x.reshape(-1), self._x_rows, self._x_taps),
+            *(self._load_transposed(params[0]), self._row_taps, dx.reshape(-1)),
+            *(self._shifts, self._pieces, self._x_stride, len(self._dx), self._keep),
+        )
 
     def tangent(
         self,
@@ -239,7 +281,7 @@ class PooledConvolution(Products):
         self._pool_tangent(
             *(self._flatten(dparams[0]), x.reshape(-1), self._flatten(params[0])),
             *(self._keep if dx is None else dx.reshape(-1), self._x_rows, self._x_taps),
-            *(self._in_rows(y), self._in_rows(self._pooled), self._window, self._kind, self._row),
+            *(self._in_rows(y), self._in_rows(self._pooled), self.window, self.kind, self._row),
             *(dparams[1] if len(params) == 2 else self._no_bias, self._keep),
         )
         return self._pooled

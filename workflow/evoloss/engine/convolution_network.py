@@ -141,29 +141,82 @@ class Network:
             place += 2 if isinstance(layer, PooledConvolution) else 1
         return walk
 
-    def backward(
-        self, params: Sequence[Array], activations: Sequence[Array], upstream: Array
+    @property
+    def body(self) -> list[PooledConvolution]:
+        """The convolutions, if all of them are pooled and dense layers follow; else none."""
+        products = [layer for layer, _ in self._layers if isinstance(layer, Products)]
+        body = [layer for layer in products if isinstance(layer, PooledConvolution)]
+        others = products[len(body) :]
+        dense = others and all(layer.geometry.pixels == 1 for layer in others)
+        return body if products[: len(body)] == body and dense else []
+
+    def count_body_params(self) -> int:
+        """Return how many of the parameters' arrays are the body's."""
+        return sum(1 + layer.has_bias for layer in self.body)
+
+    def pull_back_outputs(
+        self, params: Sequence[Array], activations: Sequence[Array], output: int
     ) -> list[Array]:
-        """Return the gradients by all parameters, given that by the output, which may be overwritten."""
+        """Return the gradients of one output by what the pooling of every layer of the body returns, all samples'."""
+        dy = np.zeros_like(activations[-1])
+        dy[output] = 1
+        found: list[Array] = []
+        left = len(self.body)
+        for layer, own, x, y in reversed(self._walk(activations)):
+            if isinstance(layer, PooledConvolution):
+                found.insert(0, dy.copy())
+                left -= 1
+            if left == 0:
+                break
+            is_fixed = not isinstance(layer, Products)
+            dy = layer.backward(x, y, dy) if is_fixed else layer.pull_back(params[own], y, dy)
+        return found
+
+    def list_body(
+        self, activations: Sequence[Array]
+    ) -> list[tuple[PooledConvolution, Array, Array]]:
+        """Return the layers of the body with their inputs and their activations' outputs."""
+        walk = self._walk(activations)
+        return [(layer, x, y) for layer, _, x, y in walk if isinstance(layer, PooledConvolution)]
+
+    def backward(
+        self,
+        params: Sequence[Array],
+        activations: Sequence[Array],
+        upstream: Array,
+        first: int = 0,
+    ) -> list[Array]:
+        """Return the gradients by the parameters from ``first`` on, given that by the output.
+
+        ``first`` is that of a layer; ``upstream`` may be overwritten.
+        """
         gradients: list[Array] = []
         dy = upstream
         for layer, own, x, y in reversed(self._walk(activations)):
+            if own.stop <= first:
+                break
             if isinstance(layer, Products):
-                own_gradients, dy = layer.backward(params[own], x, y, dy, own.start > 0)
+                own_gradients, dy = layer.backward(params[own], x, y, dy, own.start > first)
                 gradients = own_gradients + gradients
             else:
                 dy = layer.backward(x, y, dy)
         return gradients
 
     def tangent(
-        self, params: Sequence[Array], activations: Sequence[Array], dparams: Sequence[Array]
+        self,
+        params: Sequence[Array],
+        activations: Sequence[Array],
+        dparams: Sequence[Array],
+        first: int = 0,
     ) -> Array:
-        """Return the derivative of the output along ``dparams``."""
-        dy = activations[0]
+        """Return the derivative of the output along ``dparams``, which are those from ``first`` on."""
+        dy: Array | None = None
         for layer, own, x, y in self._walk(activations):
-            if isinstance(layer, Products):
-                dx = dy if own.start > 0 else None
-                dy = layer.tangent(params[own], dparams[own], x, y, dx)
-            else:
+            if isinstance(layer, Products) and own.start >= first:
+                moved = dparams[own.start - first : own.stop - first]
+                dy = layer.tangent(params[own], moved, x, y, dy)
+            elif dy is not None:
+                assert not isinstance(layer, Products)
                 dy = layer.tangent(x, y, dy)
+        assert dy is not None
         return dy

@@ -99,7 +99,7 @@ def compile_pooled_kernels() -> tuple[
         dy, y, window, kind, row, gradient, bias_gradient, x, x_starts, x_taps,
         transposed, row_taps, dx, shifts, pieces, x_stride, x_channels, keep,
     ):  # fmt: skip
-        """Add the gradients by weight, bias and, if not empty, ``x`` (to ``dx``); ``dy`` is that by ``pooled``."""
+        """Add the gradients by weight, bias and ``x`` (to ``dx``) where not empty, given that by ``pooled``, ``dy``."""
         _ = digest
         rows, columns, batch = window
         channels, height, length = y.shape
@@ -114,11 +114,13 @@ def compile_pooled_kernels() -> tuple[
                     for e in range(batch):
                         target[e] = source[e]
                 slope_row(out, y[c, h], kind, factor)
-                total = y.dtype.type(0)
-                for j in range(length):
-                    total += out[j]
-                bias_gradient[c] += total
-            dot_row(gradient, flat, 0, length, channels, x, x_starts[h], x_taps, length)
+                if gradient.size > 0:
+                    total = y.dtype.type(0)
+                    for j in range(length):
+                        total += out[j]
+                    bias_gradient[c] += total
+            if gradient.size > 0:
+                dot_row(gradient, flat, 0, length, channels, x, x_starts[h], x_taps, length)
             if dx.size > 0:
                 scatter_row(
                     transposed, flat, 0, row_taps, dx, x_starts[h], shifts, pieces, x_stride, x_channels, keep

@@ -91,23 +91,31 @@ class _Share:
         self._engine = engine
         self._programs = list(programs)
         self._loss = engine.population_loss(programs)
+        self._living = np.arange(len(programs))  # whose loss that is
         self.params = LossParams(programs, settings.meta_learning_rate)
 
     def restore(self, progress: dict[str, Any], first_program: int, first_weight: int) -> None:
         """Go on from `LossParams.describe` of this and other shares."""
         self.params.restore(progress, first_program, first_weight)
-        self._loss.set_weights(self.params.weights)
 
     def step(self, context: Context) -> NDArray[np.float64]:
-        """Take one meta-step; return the outer losses before it."""
-        values, gradient = self._engine.meta_gradients(context, self._loss)
+        """Take one meta-step; return the outer losses before it, NaN where a search has ended."""
+        living = np.flatnonzero(self.params.alive)
+        values, gradient = np.full(len(self._programs), np.nan), np.zeros_like(self.params.weights)
+        if len(living) > 0:
+            if len(living) < len(self._living):
+                self._living = living
+                self._loss = self._engine.population_loss([self._programs[p] for p in living])
+            own = np.repeat(self.params.alive, np.diff(self.params.offsets))
+            self._loss.set_weights(self.params.weights[own])
+            values[living], gradient[own] = self._engine.meta_gradients(context, self._loss)
         self.params.update(gradient)
-        self._loss.set_weights(self.params.weights)
         return values
 
     def take_steps(self, contexts: Sequence[Context], compiled: bool) -> None:
         """Take one meta-step after the other."""
         if compiled:
+            self._loss.set_weights(self.params.weights)
             self._engine.take_compiled_meta_steps(contexts, self._loss, self.params)
             return
         for context in contexts:
@@ -133,7 +141,8 @@ def run_local_search(
 ) -> list[Program]:
     """Return the programs with optimised loss parameters.
 
-    A gradient that is not finite ends that candidate's search where it stands. ``on_step``, ``resume`` and
+    A gradient that is not finite ends that candidate's search where it stands; then it costs nothing more, but where
+    meta-steps are compiled. ``on_step``, ``resume`` and
     ``at_safe_point``: see `Engine.local_search`.
     """
     # compiled meta-steps leave other threads alone, so every thread takes some of the candidates; several inner steps
