@@ -55,7 +55,7 @@ def compute(model: nn.Module, x: Tensor) -> tuple[Network, Jacobian, list[np.nda
     params = [p.detach().numpy() for p in model.parameters()]
     network = Network(model, tuple(x.shape[1:]), len(x), np.dtype("float64"))
     activations = network.forward(params, network.enter(x))
-    return network, compute_jacobian(lambda: network, params, activations), params
+    return network, compute_jacobian(network, lambda: network, params, activations), params
 
 
 def differentiate(model: nn.Module, x: Tensor, count: int) -> list[Tensor]:
@@ -97,9 +97,9 @@ def test_it_equals_autograd(case: tuple[nn.Module, Tensor]) -> None:
     # a later one takes the same memory
     other = [p * 1.1 for p in params]
     activations = network.forward(other, network.enter(x))
-    again = compute_jacobian(lambda: network, other, activations, jacobian)
+    again = compute_jacobian(network, lambda: network, other, activations, jacobian)
     assert again is jacobian
-    fresh = compute_jacobian(lambda: network, other, activations)
+    fresh = compute_jacobian(network, lambda: network, other, activations)
     assert torch.equal(again.pull_back(upstream), fresh.pull_back(upstream))
 
 
@@ -145,15 +145,16 @@ def test_it_is_for_many_candidates_of_pooled_convolutions_with_few_parameters() 
         network = Network(model, (2, 13, 15), 2, np.dtype("float64"))
         params = [p.detach().numpy() for p in model.parameters()]
         assert (len(network.body) > 0) == is_pooled
-        assert is_worthwhile(network, params, outputs, 7) == is_pooled
-        assert not is_worthwhile(network, params, outputs, 6)
+        body = params[: network.count_body_params()]
+        assert is_worthwhile(body, outputs, 7) == is_pooled
+        assert not is_worthwhile(body, outputs, 6)
     wide = nn.Sequential(
         nn.Conv2d(2, 700, 3), nn.ReLU(), nn.AvgPool2d((11, 13)), nn.Flatten(), nn.Linear(700, 2)
     )
     network = Network(wide, (2, 13, 15), 2, np.dtype("float32"))
     params = [p.detach().numpy() for p in wide.parameters()]
     assert len(network.body) == 1
-    assert not is_worthwhile(network, params, outputs, 100)
+    assert not is_worthwhile(params[: network.count_body_params()], outputs, 100)
 
 
 @pytest.mark.parametrize(("num_bytes", "num_sums"), [(64, 24), (32, 12), (16, 24), (16, 12)])

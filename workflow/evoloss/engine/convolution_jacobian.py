@@ -79,6 +79,36 @@ class Jacobian:
         return np.concatenate([block.ravel() for block in blocks])
 
 
+class BodyPasses:
+    """Inner steps and tangents of the ``params`` that a Jacobian is by, for all candidates; without one, of none.
+
+    ``upstream`` (P, outputs, samples) are the candidates' gradients by the outputs.
+    """
+
+    def __init__(self, jacobian: Jacobian | None, params: Sequence[Array], upstream: Array) -> None:
+        self._jacobian = jacobian
+        self._params = params
+        self.count = 0
+        if jacobian is not None:
+            self.count = len(params)
+            self._gradients = jacobian.pull_back(torch.from_numpy(upstream)).numpy()
+            self._directions = np.empty_like(self._gradients)
+
+    def take_gradients(self, p: int) -> list[Array]:
+        """Return a candidate's gradients by ``params``."""
+        return self._jacobian.split(self._gradients[p], self._params) if self._jacobian else []
+
+    def set_direction(self, p: int, direction: Sequence[Array]) -> None:
+        """Take a candidate's direction in ``params``, for `add_tangents`."""
+        if self._jacobian is not None:
+            self._directions[p] = self._jacobian.join(direction)
+
+    def add_tangents(self, tangents: Array) -> None:
+        """Add the outputs' derivatives along the candidates' directions to (P, outputs, samples)."""
+        if self._jacobian is not None:
+            tangents += self._jacobian.push_forward(torch.from_numpy(self._directions)).numpy()
+
+
 def _pair_biases(params: Sequence[Array]) -> list[tuple[Array, Array | None]]:
     pairs: list[tuple[Array, Array | None]] = []
     for array in params:
@@ -89,25 +119,26 @@ def _pair_biases(params: Sequence[Array]) -> list[tuple[Array, Array | None]]:
     return pairs
 
 
-def is_worthwhile(network: Network, params: Sequence[Array], outputs: Array, size: int) -> bool:
+def is_worthwhile(params: Sequence[Array], outputs: Array, size: int) -> bool:
     """Tell whether ``size`` candidates take less time by the Jacobian than by passes of their own.
 
-    ``outputs`` are the network's, (outputs, samples).
+    ``params`` are those that it is by, ``outputs`` the network's, (outputs, samples).
     """
-    count = network.count_body_params()
-    num_bytes = outputs.nbytes * sum(p.size for p in params[:count])
-    return count > 0 and 3 * size >= 2 * len(outputs) and num_bytes <= MAX_BYTES
+    num_bytes = outputs.nbytes * sum(p.size for p in params)
+    return 0 < num_bytes <= MAX_BYTES and 3 * size >= 2 * len(outputs)
 
 
 def compute_jacobian(
+    network: Network,
     lend: Callable[[], Network],
     params: Sequence[Array],
     activations: Sequence[Array],
     kept: Jacobian | None = None,
 ) -> Jacobian:
-    """Return the Jacobian at ``params``; ``activations`` are of the same batch as the networks that ``lend`` lends.
+    """Return the Jacobian at ``params``, where ``activations`` are ``network``'s.
 
-    It overwrites ``kept``, one of the same network, because new memory is slow.
+    ``lend`` gives every thread a network like that one. The result overwrites ``kept``, one of the same network,
+    because new memory is slow.
     """
     outputs = activations[-1]
     num_outputs, batch = outputs.shape
@@ -116,7 +147,6 @@ def compute_jacobian(
         return network.pull_back_outputs(params, activations, output)
 
     upstreams = zip(*map_on_threads(lend, pull, range(num_outputs)), strict=True)
-    network = lend()
     if kept is None:
         lanes = find_registers()[0] // outputs.itemsize
         count = sum(p.size for p in params[: network.count_body_params()])

@@ -16,7 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from evoloss.engine.convolution_jacobian import Jacobian, compute_jacobian, is_worthwhile
+from evoloss.engine.convolution_jacobian import (
+    BodyPasses,
+    Jacobian,
+    compute_jacobian,
+    is_worthwhile,
+)
 from evoloss.engine.convolution_layers import Array, UnsupportedLayerError
 from evoloss.engine.convolution_network import Network, list_modules
 from evoloss.engine.functional import find_addition
@@ -204,23 +209,12 @@ class ConvolutionalPath:
         values = torch.empty(loss.size, dtype=shared.dtype)
         directions = np.empty_like(upstream)
         sizes = (len(c.inner.x), len(c.outer.x))
-        jacobian, first = None, 0
-        network = self._lend_networks(sizes[0])()
-        if is_worthwhile(network, c.params, c.activations[-1], loss.size):
-            jacobian = compute_jacobian(
-                self._lend_networks(sizes[0]),
-                *(c.params, c.activations, self._jacobians.get(sizes[0])),
-            )
-            self._jacobians[sizes[0]] = jacobian
-            first = network.count_body_params()
-            steps = jacobian.pull_back(torch.from_numpy(upstream)).numpy()
-            bodies = np.empty_like(steps)
+        body = self._share_body(c, upstream)
 
         def work(networks: tuple[Network, Network], p: int) -> None:
             inner, outer = networks
-            stepped = inner.backward(c.params, c.activations, upstream[p].copy(), first)
-            if jacobian is not None:
-                stepped = jacobian.split(steps[p], c.params[:first]) + stepped
+            stepped = body.take_gradients(p)
+            stepped += inner.backward(c.params, c.activations, upstream[p].copy(), body.count)
             for gradient, param in zip(stepped, c.params, strict=True):
                 gradient *= -rate
                 gradient += shrink * param
@@ -229,16 +223,26 @@ class ConvolutionalPath:
                 _as_outputs(activations[-1]), c.outer.targets, c.outer.y
             )
             gradients = outer.backward(stepped, activations, v[0].t().numpy())
-            directions[p] = inner.tangent(c.params, c.activations, gradients[first:], first)
-            if jacobian is not None:
-                bodies[p] = jacobian.join(gradients[:first])
+            body.set_direction(p, gradients[: body.count])
+            own = gradients[body.count :]
+            directions[p] = inner.tangent(c.params, c.activations, own, body.count)
 
         lend = [self._lend_networks(size) for size in dict.fromkeys(sizes)]
         map_on_threads(lambda: _pair([make() for make in lend]), work, range(loss.size))
-        if jacobian is not None:
-            directions += jacobian.push_forward(torch.from_numpy(bodies)).numpy()
+        body.add_tangents(directions)
         along = torch.from_numpy(directions).mT
         return values, -rate * loss.weight_gradients(shared, c.inner.targets, along)
+
+    def _share_body(self, c: ConvolutionalContext, upstream: Array) -> BodyPasses:
+        """Return the candidates' passes through the convolutions, together if that is worthwhile."""
+        size = len(c.inner.x)
+        network = self._lend_networks(size)()
+        params = c.params[: network.count_body_params()]
+        if not is_worthwhile(params, c.activations[-1], len(upstream)):
+            return BodyPasses(None, params, upstream)
+        lend, kept = self._lend_networks(size), self._jacobians.get(size)
+        self._jacobians[size] = compute_jacobian(network, lend, c.params, c.activations, kept)
+        return BodyPasses(self._jacobians[size], params, upstream)
 
 
 def _pair(networks: Sequence[Network]) -> tuple[Network, Network]:

@@ -7,6 +7,7 @@ operations, but that the tables must be made. They lie in the first-level cache,
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
+from evoloss.engine import kernel_rows, row_vectors
+from evoloss.engine.kernel_rows import digest_sources
 from evoloss.engine.row_vectors import (
     I64,
     VectorBuilder,
@@ -74,10 +77,10 @@ def multiply_mask(mask: Mask, matrix: Tensor, term_factors: Tensor, row_factors:
     Parameters
     ----------
     mask : (rows, terms)
-    matrix : (terms, columns), contiguous, on the CPU
-    term_factors, row_factors : (terms,), (rows,), contiguous, of the same dtype as ``matrix``
+    matrix : (terms, columns), on the CPU
+    term_factors, row_factors : (terms,), (rows,), of the same dtype as ``matrix``
     """
-    source, left, right = matrix.numpy(), row_factors.numpy(), term_factors.numpy()
+    source, left, right = (t.contiguous().numpy() for t in (matrix, row_factors, term_factors))
     rows, columns = mask.codes.shape[1], source.shape[1]
     out = torch.empty(rows, columns, dtype=matrix.dtype)
     target = out.numpy()
@@ -86,9 +89,10 @@ def multiply_mask(mask: Mask, matrix: Tensor, term_factors: Tensor, row_factors:
     count, vectors = torch.get_num_threads(), -(-columns // lanes)
     edges = [min(columns, vectors * i // count * lanes) for i in range(count + 1)]
     shares = [(first, end) for first, end in itertools.pairwise(edges) if first < end]
+    multiply = _compile()
 
     def work(table: Array, share: tuple[int, int]) -> None:
-        _multiply(mask.codes, source, right, left, target, table, passes, *share)
+        multiply(mask.codes, source, right, left, target, table, passes, *share)
 
     map_on_threads(lambda: _make_table(source.dtype), work, shares)
     return out
@@ -267,10 +271,26 @@ def make_mask_product(num_bytes: int) -> Callable[..., None]:
 _multiply_columns = make_mask_product(find_registers()[0])
 
 
-@product_kernel
-def _multiply(  # type: ignore[no-untyped-def]
-    codes, source, term_factors, row_factors, target, table, passes, first_column, end_column
-):
-    _multiply_columns(
+@functools.cache
+def _compile() -> Callable[..., None]:
+    # it closes over a number alone, else numba would not find it in its cache again
+    digest = digest_sources(kernel_rows, row_vectors)
+
+    @product_kernel
+    def multiply(  # type: ignore[no-untyped-def]
         codes, source, term_factors, row_factors, target, table, passes, first_column, end_column
-    )
+    ):
+        _ = digest
+        _multiply_columns(
+            codes,
+            source,
+            term_factors,
+            row_factors,
+            target,
+            table,
+            passes,
+            first_column,
+            end_column,
+        )
+
+    return multiply
