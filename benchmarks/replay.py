@@ -1,18 +1,20 @@
 """Racing replayed: what it changes in a search of the paper's size, for the price of one. ``--help`` has the options.
 
 A search without racing is recorded: every local search, and every candidate's validation metric at the rungs. Then the
-same search runs with racing, and takes its trainings from the record. That is exact, because a training does not depend
-on who trains beside it; what the search without racing did not need, if racing makes it go another way, is run.
+same search runs with racing, and takes its trainings from the record. That is exact where a training does not depend on
+who trains beside it, as LeNet-5's and the large MLP's do not; what the search without racing did not need, if racing
+makes it go another way, is run.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+import evoloss
 from benchmarks.machine import describe_machine
 from benchmarks.racing import Row, add_budget_options, cut_down, run_search
 from benchmarks.racing_workloads import WORKLOADS, RacingWorkload
@@ -29,6 +32,7 @@ from evoloss.engine import Engine, LocalSearchSettings, TrainingRun
 from evoloss.engine.population_loss import OutputLoss, PopulationLoss
 from evoloss.engine.racing import RacingSettings
 from evoloss.engine.training_run import Evaluation
+from evoloss.errors import DataError
 from evoloss.expressions import Program
 from evoloss.results import read_json, write_json
 from evoloss.search.gp_search import GPSearch
@@ -37,7 +41,10 @@ from evoloss.search.settings import SearchSettings
 logger = logging.getLogger(__name__)
 
 Record = dict[str, dict[str, Any]]
-"""By loss: ``tuned``, its weights after the local search; ``metrics`` by step, None where training diverged."""
+"""By loss: ``tuned``, its weights after the local search; ``metrics`` by step, None where training diverged.
+
+``of`` tells what search it is of.
+"""
 
 
 COUNTS = ("candidates", "archive_hits", "zero_gradient", "evaluated", "diverged")
@@ -115,14 +122,44 @@ class RecordingEngine(Engine):
     ) -> list[Program]:
         """See `Engine`."""
         tuned = self._record["tuned"]
-        new = [program for program in programs if find_key(program) not in tuned]
-        found = super().local_search(new, settings, *stream)
-        tuned |= {find_key(p): q.weights.tolist() for p, q in zip(new, found, strict=True)}
+        if any(find_key(program) not in tuned for program in programs):
+            # all of them, as a search would: who is beside a candidate may change its last digits
+            found = super().local_search(programs, settings, *stream)
+            ran = {find_key(p): q.weights.tolist() for p, q in zip(programs, found, strict=True)}
+            tuned.update({key: weights for key, weights in ran.items() if key not in tuned})
         return [replace(p, weights=_read_weights(tuned[find_key(p)])) for p in programs]
 
 
 def _read_weights(values: Sequence[float]) -> NDArray[np.float64]:
     return np.array(values, np.float64)
+
+
+def load_record(
+    file: Path | None, workload: RacingWorkload, settings: SearchSettings, rungs: Sequence[int]
+) -> Record:
+    """Return the record in ``file``, or an empty one.
+
+    Raises
+    ------
+    DataError
+        If it is of another search, other rungs or another version.
+    """
+    what = {
+        "version": evoloss.__version__,
+        "training": asdict(workload.settings),
+        "search": asdict(replace(settings, racing=RacingSettings())),
+        "rungs": list(rungs),
+    }
+    what = json.loads(json.dumps(what))
+    if file is None or not file.exists():
+        return {"of": what, "tuned": {}, "metrics": {}}
+    record: Record = read_json(file)
+    different = [key for key, value in what.items() if record["of"].get(key) != value]
+    if different:
+        raise DataError(
+            f"{file} is of another {' and '.join(different)}; name another folder or delete it"
+        )
+    return record
 
 
 def replay(
@@ -133,10 +170,9 @@ def replay(
     file: Path | None = None,
 ) -> Row:
     """Search without racing, then with it; return what `summarise` does. ``file`` keeps the record."""
-    record: Record = {"tuned": {}, "metrics": {}}
-    if file is not None and file.exists():
-        record = read_json(file)
-    engine = RecordingEngine(workload, record, racing.list_rungs(settings.fitness_steps))
+    rungs = racing.list_rungs(settings.fitness_steps)
+    record = load_record(file, workload, settings, rungs)
+    engine = RecordingEngine(workload, record, rungs)
 
     def keep(row: Row) -> bool:
         logger.info("generation %d: %s", row["generation"], row["best_fitness"])
@@ -199,7 +235,11 @@ def main(arguments: Sequence[str]) -> int:
         settings = cut_down(workload.search, options)
         make_file = partial(_name_record, options.records, name)
         for seed in options.seeds:
-            found = replay(workload, settings, racing, seed, make_file(seed))
+            try:
+                found = replay(workload, settings, racing, seed, make_file(seed))
+            except DataError as error:
+                sys.stderr.write(f"error: {error}\n")
+                return 1
             size = f"{settings.population_size} x {settings.num_generations}"
             origin = {key: machine[key] for key in ("cpu", "commit")}
             row = {"size": size, **origin, **found}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -154,6 +155,15 @@ def test_candidates_whose_search_has_ended_cost_nothing(monkeypatch: pytest.Monk
         np.testing.assert_allclose(a.weights, b.weights, rtol=1e-10)
     assert np.isfinite(np.array(values)[:, [0, 1, 3]]).all()
     assert np.isnan(np.array(values)[1:, 2]).all()
+    points: list[Any] = []
+    engine.local_search(
+        programs, search, 1, at_safe_point=lambda describe: points.append(copy.deepcopy(describe()))
+    )
+    sizes.clear()
+    resumed = engine.local_search(programs, search, 1, resume=points[2])
+    assert sizes == [3, 3, 3]
+    for a, b in zip(resumed, found, strict=True):
+        np.testing.assert_array_equal(a.weights, b.weights)
     sizes.clear()
     (alone,) = engine.local_search([programs[2]], search, 1)
     assert sizes == [1]

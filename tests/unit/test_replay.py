@@ -98,6 +98,9 @@ def test_its_command_keeps_records_and_results(
     assert set(json.loads(path.read_text())["replays"]["results"]) == {"toy, seed 3", "toy, seed 4"}
     assert {file.name for file in records.iterdir()} == {"toy_seed_3.json", "toy_seed_4.json"}
     assert "| toy, seed 3 | 16 x 1 | " in capsys.readouterr().out
+    assert replay.main([*command, "--records", str(records), "--rungs", "0.75"]) == 1
+    error = capsys.readouterr().err
+    assert f"{records / 'toy_seed_3.json'} is of another rungs; name another folder" in error
     with pytest.raises(SystemExit):
         replay.main(["--rungs", "1.5"])
     assert "--rungs: rungs are (1.5,)" in capsys.readouterr().err

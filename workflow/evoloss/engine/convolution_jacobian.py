@@ -2,7 +2,7 @@
 
 All candidates of a meta-step share the initial parameters and the inner batch, so they share this Jacobian too: their
 inner steps, J^T u, and tangents, J g, are then matrix products over few parameters instead of passes through the
-images. It costs about as much as two passes for every output, and is worth it for about as many candidates.
+images. It costs about as much as two passes for every output.
 
 A convolution's part takes two steps: the mean pooling behind it makes the upstream gradient one number for a window, so
 the products of slopes and pixels are first summed over every window, and these are the same for all outputs.
@@ -11,8 +11,9 @@ the products of slopes and pixels are first summed over every window, and these 
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,134 +35,128 @@ from evoloss.engine.row_vectors import find_registers, product_kernel
 from evoloss.engine.threads import map_on_threads
 
 MAX_BYTES = 2**26
-"""A Jacobian that takes more is not worth its memory."""
+"""A Jacobian that takes more, with what it is made from, is not worth its memory."""
 
 
-@dataclass(frozen=True)
+def find_body(network: Network, outputs: Array, size: int) -> list[PooledConvolution]:
+    """Return the layers by whose Jacobian ``size`` candidates take less time than by passes of their own, if any.
+
+    ``outputs`` are the network's, (outputs, samples).
+    """
+    num_outputs, batch = outputs.shape
+    params = sum(layer.num_params for layer in network.body)
+    pooled = sum(math.prod(layer.shape) for layer in network.body)
+    num_bytes = (params + pooled) * num_outputs * _pad(batch, outputs.dtype) * outputs.itemsize
+    # a candidate spares three passes, all but the products of its own
+    return network.body if 3 * size >= 2 * num_outputs and num_bytes <= MAX_BYTES else []
+
+
+def _pad(batch: int, dtype: np.dtype[Any]) -> int:
+    """Return the number of samples in whole vectors."""
+    return batch + -batch % (find_registers()[0] // dtype.itemsize)
+
+
 class Jacobian:
-    """``padded`` (outputs, parameters, samples and more) by the parameters of the first layers, one after the other."""
+    """Of networks' outputs by the parameters of ``layers``, one after the other; ``num_arrays`` are the parameters'.
 
-    padded: Tensor
-    num_samples: int
+    ``outputs`` are as many as the networks', (outputs, samples). Every `update` overwrites the one before, as new
+    memory is slow. Without layers all that it returns is empty or zero.
+    """
+
+    def __init__(self, layers: Sequence[PooledConvolution], outputs: Array) -> None:
+        num_outputs, self._batch = outputs.shape
+        self._layers = layers
+        self._dtype = outputs.dtype
+        self.num_arrays = sum(1 + layer.has_bias for layer in layers)
+        count = sum(layer.num_params for layer in layers)
+        values = np.empty((num_outputs, count, _pad(self._batch, self._dtype)), self._dtype)
+        self._values = torch.from_numpy(values)
+        self._upstreams = [
+            np.empty((num_outputs, layer.shape[0], math.prod(layer.shape[1:]), self._batch), self._dtype)
+            for layer in layers
+        ]  # fmt: skip
+        self._rooms: list[list[JacobianRoom]] = [[] for _ in layers]
+
+    def update(
+        self,
+        network: Network,
+        lend: Callable[[], Network],
+        params: Sequence[Array],
+        activations: Sequence[Array],
+    ) -> None:
+        """Compute it at ``params`` for ``activations`` of such a ``network``; ``lend`` gives every thread its own."""
+
+        def pull(network: Network, output: int) -> None:
+            network.pull_back_output(params, activations, output, self._upstreams)
+
+        map_on_threads(lend, pull, range(len(self._values)))
+        first = 0
+        walk = network.list_body(activations)
+        for upstream, rooms, (layer, x, y) in zip(self._upstreams, self._rooms, walk, strict=True):
+            self._write(first, upstream, rooms, layer, x, y)
+            first += layer.num_params
+
+    def _write(
+        self,
+        first: int,
+        upstream: Array,
+        rooms: list[JacobianRoom],
+        layer: PooledConvolution,
+        x: Array,
+        y: Array,
+    ) -> None:
+        """Write one layer's part, its parameters from ``first`` on; threads share the samples, by whole vectors."""
+        count = torch.get_num_threads()
+        while len(rooms) < count:
+            rooms.append(JacobianRoom(layer, len(upstream), self._dtype))
+        lanes = rooms[0].lanes
+        edges = [self._values.shape[2] // lanes * i // count * lanes for i in range(count + 1)]
+        shares = list(itertools.pairwise(edges))
+
+        def work(room: JacobianRoom, share: tuple[int, int]) -> None:
+            write_layer(self._values.numpy(), first, upstream, layer, x, y, room, share)
+
+        map_on_threads(list(rooms).pop, work, shares)
 
     def pull_back(self, upstream: Tensor) -> Tensor:
         """Return the gradients (P, parameters), given those by the outputs (P, outputs, samples)."""
-        gradients = upstream.new_zeros(len(upstream), self.padded.shape[1])
-        for own, values in zip(upstream.unbind(1), self.padded, strict=True):
-            gradients.addmm_(own, values[:, : self.num_samples].t())
+        gradients = upstream.new_zeros(len(upstream), self._values.shape[1])
+        for own, values in zip(upstream.unbind(1), self._values, strict=True):
+            gradients.addmm_(own, values[:, : self._batch].t())
         return gradients
 
     def push_forward(self, directions: Tensor) -> Tensor:
         """Return the outputs' derivatives (P, outputs, samples) along ``directions`` (P, parameters)."""
-        moved = [directions @ values for values in self.padded]
-        return torch.stack(moved, 1)[..., : self.num_samples]
+        moved = [directions @ values for values in self._values]
+        return torch.stack(moved, 1)[..., : self._batch]
 
     def split(self, row: Array, params: Sequence[Array]) -> list[Array]:
-        """Return one of `pull_back`'s rows as gradients of the shapes of ``params``, weights and biases."""
-        found, first = [], 0
-        for weight, bias in _pair_biases(params):
-            count = weight.size + (0 if bias is None else bias.size)
-            block = row[first : first + count].reshape(len(weight), -1)
-            first += count
-            num_taps = weight[0].size
-            found.append(block[:, :num_taps].reshape(weight.shape).copy())
-            if bias is not None:
-                found.append(block[:, num_taps].copy())
+        """Return one of `pull_back`'s rows as gradients by the layers' weights and biases, shaped like ``params``."""
+        found: list[Array] = []
+        left, first = list(params), 0
+        for layer in self._layers:
+            block = row[first : first + layer.num_params].reshape(layer.shape[0], -1)
+            first += layer.num_params
+            weight = left.pop(0)
+            found.append(block[:, : weight[0].size].reshape(weight.shape).copy())
+            if layer.has_bias:
+                left.pop(0)
+                found.append(block[:, -1].copy())
         return found
 
-    @staticmethod
-    def join(params: Sequence[Array]) -> Array:
+    def join(self, params: Sequence[Array]) -> Array:
         """Return weights and biases, or their gradients, as a row for `push_forward`."""
-        blocks = []
-        for weight, bias in _pair_biases(params):
-            block = weight.reshape(len(weight), -1)
-            blocks.append(block if bias is None else np.hstack([block, bias[:, None]]))
-        return np.concatenate([block.ravel() for block in blocks])
-
-
-class BodyPasses:
-    """Inner steps and tangents of the ``params`` that a Jacobian is by, for all candidates; without one, of none.
-
-    ``upstream`` (P, outputs, samples) are the candidates' gradients by the outputs.
-    """
-
-    def __init__(self, jacobian: Jacobian | None, params: Sequence[Array], upstream: Array) -> None:
-        self._jacobian = jacobian
-        self._params = params
-        self.count = 0
-        if jacobian is not None:
-            self.count = len(params)
-            self._gradients = jacobian.pull_back(torch.from_numpy(upstream)).numpy()
-            self._directions = np.empty_like(self._gradients)
-
-    def take_gradients(self, p: int) -> list[Array]:
-        """Return a candidate's gradients by ``params``."""
-        return self._jacobian.split(self._gradients[p], self._params) if self._jacobian else []
-
-    def set_direction(self, p: int, direction: Sequence[Array]) -> None:
-        """Take a candidate's direction in ``params``, for `add_tangents`."""
-        if self._jacobian is not None:
-            self._directions[p] = self._jacobian.join(direction)
-
-    def add_tangents(self, tangents: Array) -> None:
-        """Add the outputs' derivatives along the candidates' directions to (P, outputs, samples)."""
-        if self._jacobian is not None:
-            tangents += self._jacobian.push_forward(torch.from_numpy(self._directions)).numpy()
-
-
-def _pair_biases(params: Sequence[Array]) -> list[tuple[Array, Array | None]]:
-    pairs: list[tuple[Array, Array | None]] = []
-    for array in params:
-        if array.ndim == 1:
-            pairs[-1] = (pairs[-1][0], array)
-        else:
-            pairs.append((array, None))
-    return pairs
-
-
-def is_worthwhile(params: Sequence[Array], outputs: Array, size: int) -> bool:
-    """Tell whether ``size`` candidates take less time by the Jacobian than by passes of their own.
-
-    ``params`` are those that it is by, ``outputs`` the network's, (outputs, samples).
-    """
-    num_bytes = outputs.nbytes * sum(p.size for p in params)
-    return 0 < num_bytes <= MAX_BYTES and 3 * size >= 2 * len(outputs)
-
-
-def compute_jacobian(
-    network: Network,
-    lend: Callable[[], Network],
-    params: Sequence[Array],
-    activations: Sequence[Array],
-    kept: Jacobian | None = None,
-) -> Jacobian:
-    """Return the Jacobian at ``params``, where ``activations`` are ``network``'s.
-
-    ``lend`` gives every thread a network like that one. The result overwrites ``kept``, one of the same network,
-    because new memory is slow.
-    """
-    outputs = activations[-1]
-    num_outputs, batch = outputs.shape
-
-    def pull(network: Network, output: int) -> list[Array]:
-        return network.pull_back_outputs(params, activations, output)
-
-    upstreams = zip(*map_on_threads(lend, pull, range(num_outputs)), strict=True)
-    if kept is None:
-        lanes = find_registers()[0] // outputs.itemsize
-        count = sum(p.size for p in params[: network.count_body_params()])
-        kept = Jacobian(
-            torch.empty(
-                num_outputs, count, batch + -batch % lanes, dtype=torch.from_numpy(outputs).dtype
-            ),
-            batch,
-        )
-    values, first = kept.padded.numpy(), 0
-    for upstream, (layer, x, y) in zip(upstreams, network.list_body(activations), strict=True):
-        room = JacobianRoom(layer, num_outputs, outputs.dtype)
-        stacked = np.stack(upstream).reshape(num_outputs, len(y), -1, batch)
-        first = write_layer(values, first, stacked, layer, x, y, room)
-    return kept
+        left = list(params)
+        row = np.empty(self._values.shape[1], self._dtype)
+        first = 0
+        for layer in self._layers:
+            block = row[first : first + layer.num_params].reshape(layer.shape[0], -1)
+            first += layer.num_params
+            weight = left.pop(0)
+            block[:, : weight[0].size] = weight.reshape(len(weight), -1)
+            if layer.has_bias:
+                block[:, -1] = left.pop(0)
+        return row
 
 
 class JacobianRoom:
@@ -201,8 +196,9 @@ def write_layer(
     x: Array,
     y: Array,
     room: JacobianRoom,
-) -> int:
-    """Write one layer's part of the Jacobian and return where the next one begins.
+    samples: tuple[int, int],
+) -> None:
+    """Write one layer's part of the Jacobian, for the samples from the first to the end: whole vectors.
 
     Parameters
     ----------
@@ -215,13 +211,12 @@ def write_layer(
         The layer's input, and its activation's output.
     """
     _compile()(
-        out.reshape(-1), first, out.shape[1], out.shape[2], upstream,
+        out.reshape(-1), first, out.shape[1], out.shape[2], upstream, *samples,
         x.reshape(-1), y.reshape(-1), layer.kind,
         room.lanes, room.x_taps, room.slope_places, room.x_places, room.slope_starts, room.x_starts,
         room.upstream_places, room.window_places, room.window_taps,
         room.x, room.y, room.slopes, room.upstream, room.windows,
     )  # fmt: skip
-    return first + len(y) * room.num_taps
 
 
 @functools.cache
@@ -230,7 +225,7 @@ def _compile() -> Callable[..., None]:
 
     @product_kernel
     def write_jacobian(  # type: ignore[no-untyped-def]
-        out, first, num_params, samples, upstream, x, y, kind,
+        out, first, num_params, samples, upstream, first_sample, end_sample, x, y, kind,
         lanes, x_taps, slope_places, x_places, slope_starts, x_starts,
         upstream_places, window_places, window_taps,
         lane_x, lane_y, slopes, lane_upstream, windows,
@@ -241,7 +236,7 @@ def _compile() -> Callable[..., None]:
         num_taps = x_taps.size
         num_pixels, num_slopes = x.size // batch, slopes.size // lanes
         factor, one = y.dtype.type(1.0 / slope_places.size), y.dtype.type(1)
-        for v in range(0, batch, lanes):
+        for v in range(first_sample, min(end_sample, batch), lanes):
             rest = batch - v
             pack_lanes(lane_x, 0, x, v, batch, num_pixels, rest)
             for m in range(channels):

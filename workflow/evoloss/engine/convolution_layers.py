@@ -195,6 +195,7 @@ class PooledConvolution(Products):
         self.kind = ACTIVATIONS.index(type(modules[1]).__name__)
         self.window = (rows, columns, batch)
         self.shape = (channels, height // rows, width // columns)
+        self.num_params = channels * (len(self.geometry.taps) + self.has_bias)
         self._pooled = np.empty((*self.shape, batch), dtype)
         self._row = np.empty((channels, self._length), dtype)
         self._row_taps = (np.arange(channels) * self._length - self._columns).ravel()

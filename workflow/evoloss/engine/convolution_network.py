@@ -65,7 +65,8 @@ class Network:
 
     ``params`` are in the order of ``model.parameters()``. Activations are lists: the output of `enter` (or its like),
     then every layer's output; they are overwritten by the next `forward` or `tangent`. What comes before the first
-    weight is the same for all candidates: `enter` computes it.
+    weight is the same for all candidates: `enter` computes it. ``body`` are the convolutions, if all of them are
+    pooled ones and dense layers follow; else it is empty.
 
     Raises
     ------
@@ -109,6 +110,7 @@ class Network:
             modules = modules[used:]
         if len(shape) != 1:
             raise UnsupportedLayerError("outputs that are not flat")
+        self.body = self._find_body()
 
     def enter(self, x: Tensor) -> Array:
         """Return what the first layer with weights gets for at most a batch of samples, zeros filling it up."""
@@ -141,36 +143,35 @@ class Network:
             place += 2 if isinstance(layer, PooledConvolution) else 1
         return walk
 
-    @property
-    def body(self) -> list[PooledConvolution]:
-        """The convolutions, if all of them are pooled and dense layers follow; else none."""
+    def _find_body(self) -> list[PooledConvolution]:
         products = [layer for layer, _ in self._layers if isinstance(layer, Products)]
         body = [layer for layer in products if isinstance(layer, PooledConvolution)]
         others = products[len(body) :]
         dense = others and all(layer.geometry.pixels == 1 for layer in others)
         return body if products[: len(body)] == body and dense else []
 
-    def count_body_params(self) -> int:
-        """Return how many of the parameters' arrays are the body's."""
-        return sum(1 + layer.has_bias for layer in self.body)
+    def pull_back_output(
+        self,
+        params: Sequence[Array],
+        activations: Sequence[Array],
+        output: int,
+        into: Sequence[Array],
+    ) -> None:
+        """Write the gradients of one output by what every layer of the body returns, the pooling's, for all samples.
 
-    def pull_back_outputs(
-        self, params: Sequence[Array], activations: Sequence[Array], output: int
-    ) -> list[Array]:
-        """Return the gradients of one output by what the pooling of every layer of the body returns, all samples'."""
+        ``into`` has an array (outputs, channels, windows, batch) for every layer.
+        """
         dy = np.zeros_like(activations[-1])
         dy[output] = 1
-        found: list[Array] = []
         left = len(self.body)
         for layer, own, x, y in reversed(self._walk(activations)):
             if isinstance(layer, PooledConvolution):
-                found.insert(0, dy.copy())
                 left -= 1
+                np.copyto(into[left][output], dy.reshape(into[left].shape[1:]))
             if left == 0:
-                break
+                return
             is_fixed = not isinstance(layer, Products)
             dy = layer.backward(x, y, dy) if is_fixed else layer.pull_back(params[own], y, dy)
-        return found
 
     def list_body(
         self, activations: Sequence[Array]

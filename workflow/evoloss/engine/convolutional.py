@@ -16,12 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from evoloss.engine.convolution_jacobian import (
-    BodyPasses,
-    Jacobian,
-    compute_jacobian,
-    is_worthwhile,
-)
+from evoloss.engine.convolution_jacobian import Jacobian, find_body
 from evoloss.engine.convolution_layers import Array, UnsupportedLayerError
 from evoloss.engine.convolution_network import Network, list_modules
 from evoloss.engine.functional import find_addition
@@ -209,12 +204,15 @@ class ConvolutionalPath:
         values = torch.empty(loss.size, dtype=shared.dtype)
         directions = np.empty_like(upstream)
         sizes = (len(c.inner.x), len(c.outer.x))
-        body = self._share_body(c, upstream)
+        jacobian = self._share_jacobian(c, loss.size)
+        first = jacobian.num_arrays
+        steps = jacobian.pull_back(torch.from_numpy(upstream)).numpy()
+        moves = np.empty_like(steps)
 
         def work(networks: tuple[Network, Network], p: int) -> None:
             inner, outer = networks
-            stepped = body.take_gradients(p)
-            stepped += inner.backward(c.params, c.activations, upstream[p].copy(), body.count)
+            stepped = jacobian.split(steps[p], c.params)
+            stepped += inner.backward(c.params, c.activations, upstream[p].copy(), first)
             for gradient, param in zip(stepped, c.params, strict=True):
                 gradient *= -rate
                 gradient += shrink * param
@@ -223,26 +221,27 @@ class ConvolutionalPath:
                 _as_outputs(activations[-1]), c.outer.targets, c.outer.y
             )
             gradients = outer.backward(stepped, activations, v[0].t().numpy())
-            body.set_direction(p, gradients[: body.count])
-            own = gradients[body.count :]
-            directions[p] = inner.tangent(c.params, c.activations, own, body.count)
+            moves[p] = jacobian.join(gradients)
+            directions[p] = inner.tangent(c.params, c.activations, gradients[first:], first)
 
         lend = [self._lend_networks(size) for size in dict.fromkeys(sizes)]
         map_on_threads(lambda: _pair([make() for make in lend]), work, range(loss.size))
-        body.add_tangents(directions)
+        directions += jacobian.push_forward(torch.from_numpy(moves)).numpy()
         along = torch.from_numpy(directions).mT
         return values, -rate * loss.weight_gradients(shared, c.inner.targets, along)
 
-    def _share_body(self, c: ConvolutionalContext, upstream: Array) -> BodyPasses:
-        """Return the candidates' passes through the convolutions, together if that is worthwhile."""
-        size = len(c.inner.x)
-        network = self._lend_networks(size)()
-        params = c.params[: network.count_body_params()]
-        if not is_worthwhile(params, c.activations[-1], len(upstream)):
-            return BodyPasses(None, params, upstream)
-        lend, kept = self._lend_networks(size), self._jacobians.get(size)
-        self._jacobians[size] = compute_jacobian(network, lend, c.params, c.activations, kept)
-        return BodyPasses(self._jacobians[size], params, upstream)
+    def _share_jacobian(self, c: ConvolutionalContext, size: int) -> Jacobian:
+        """Return that by which ``size`` candidates pass through the convolutions; by no layer if it costs more."""
+        batch, outputs = len(c.inner.x), c.activations[-1]
+        network = self._lend_networks(batch)()
+        body = find_body(network, outputs, size)
+        if not body:
+            return Jacobian([], outputs)
+        if batch not in self._jacobians:
+            self._jacobians[batch] = Jacobian(body, outputs)
+        jacobian = self._jacobians[batch]
+        jacobian.update(network, self._lend_networks(batch), c.params, c.activations)
+        return jacobian
 
 
 def _pair(networks: Sequence[Network]) -> tuple[Network, Network]:

@@ -206,21 +206,13 @@ class DensePath:
                 masked.by_weight(values[i]) if masked else stacked_product(upstream.mT, values[i])
             )
             if i:
-                below = self._mask_below(i, upstream, weight, values)
+                kind, num_inputs = self.activations[i - 1], values[i - 1].shape[-1]
+                below = MaskedGradient.find(kind, upstream, weight, values[i], num_inputs)
                 upstream = (
                     masked.by_inputs(weight[0]) if masked else stacked_product(upstream, weight)
                 )
                 masked = below
         return gradients[::-1]
-
-    def _mask_below(
-        self, i: int, upstream: Tensor, weight: Tensor, values: list[Tensor]
-    ) -> MaskedGradient | None:
-        """Return the gradient by the values of layer ``i`` - 1 as a masked one, if that is worthwhile."""
-        num_inputs = values[i - 1].shape[-1]
-        if MaskedGradient.fits(self.activations[i - 1], upstream, weight, num_inputs):
-            return MaskedGradient(upstream, weight, values[i])
-        return None
 
     @torch.no_grad()
     def outputs(self, state: list[Stack], x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 There the gradient by the layer's Z is diag(u) M diag(w): u the gradient by the output of every sample, w the output's
 weights, M the mask. So both products of the layer below are products of the mask, which `evoloss.engine.mask_products`
-computes in half the time of a matrix product.
+computes in half the time of a matrix product (128 rows, 1000 x 1000 weights, one thread of an AMD EPYC, Zen 4).
 """
 
 from __future__ import annotations
@@ -30,12 +30,19 @@ class MaskedGradient:
         self._weight = weight.reshape(-1)
         self._values = values[0]
 
-    @staticmethod
-    def fits(activation: str, upstream: Tensor, weight: Tensor, num_inputs: int) -> bool:
-        """Tell whether the layer below the output is of this kind and large; arguments as above."""
+    @classmethod
+    def find(
+        cls, activation: str, upstream: Tensor, weight: Tensor, values: Tensor, num_inputs: int
+    ) -> MaskedGradient | None:
+        """Return it if the layer below the output, of ``num_inputs`` inputs, is of this kind and large; else None."""
         (networks, rows, outputs), units = upstream.shape, weight.shape[-1]
-        single = activation == "relu" and networks == outputs == 1
-        return single and upstream.device.type == "cpu" and is_worthwhile(rows, units, num_inputs)
+        if (
+            activation == "relu"
+            and networks == outputs == 1
+            and is_worthwhile(rows, units, num_inputs)
+        ):
+            return cls(upstream, weight, values)
+        return None
 
     def by_weight(self, inputs: Tensor) -> Tensor:
         """Return the gradient by the layer's weight (1, out, in) for its ``inputs`` (1, B, in)."""

@@ -225,9 +225,9 @@ def _step_through(
         direction += step.contract(tangents)
         if i:
             weight, below = weights.pop(), layers[i - 1]
-            masked = None
-            if MaskedGradient.fits(below.activation, upstream, weight, below.weight.shape[1]):
-                masked = MaskedGradient(upstream, weight, values[i - 1])
+            masked = MaskedGradient.find(
+                below.activation, upstream, weight, values[i - 1], below.weight.shape[1]
+            )
             upstream = stacked_product(upstream, weight)
     return losses, direction
 

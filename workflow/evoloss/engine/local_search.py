@@ -91,7 +91,6 @@ class _Share:
         self._engine = engine
         self._programs = list(programs)
         self._loss = engine.population_loss(programs)
-        self._living = np.arange(len(programs))  # whose loss that is
         self.params = LossParams(programs, settings.meta_learning_rate)
 
     def restore(self, progress: dict[str, Any], first_program: int, first_weight: int) -> None:
@@ -103,8 +102,7 @@ class _Share:
         living = np.flatnonzero(self.params.alive)
         values, gradient = np.full(len(self._programs), np.nan), np.zeros_like(self.params.weights)
         if len(living) > 0:
-            if len(living) < len(self._living):
-                self._living = living
+            if len(living) < self._loss.size:
                 self._loss = self._engine.population_loss([self._programs[p] for p in living])
             own = np.repeat(self.params.alive, np.diff(self.params.offsets))
             self._loss.set_weights(self.params.weights[own])
@@ -141,9 +139,8 @@ def run_local_search(
 ) -> list[Program]:
     """Return the programs with optimised loss parameters.
 
-    A gradient that is not finite ends that candidate's search where it stands; then it costs nothing more, but where
-    meta-steps are compiled. ``on_step``, ``resume`` and
-    ``at_safe_point``: see `Engine.local_search`.
+    A gradient that is not finite ends that candidate's search where it stands, and it is left out from then on, but
+    where meta-steps are compiled. ``on_step``, ``resume`` and ``at_safe_point``: see `Engine.local_search`.
     """
     # compiled meta-steps leave other threads alone, so every thread takes some of the candidates; several inner steps
     # are autograd's, whose threads would wait for each other
