@@ -222,6 +222,20 @@ def add_budget_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, help="add the results to this file")
 
 
+def start(
+    parser: argparse.ArgumentParser, options: argparse.Namespace
+) -> tuple[RacingSettings, dict[str, Any]]:
+    """Set logging and one thread; return what to race by and a description of the machine."""
+    try:
+        racing = RacingSettings(tuple(options.rungs))
+    except ValueError as error:
+        parser.error(f"--rungs: {error}")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    torch.set_num_threads(1)
+    logging.getLogger("evoloss").setLevel(logging.WARNING)
+    return racing, describe_machine(torch.device("cpu"))
+
+
 def main(arguments: Sequence[str]) -> int:
     """Measure, print a table for every workload, and add it to the JSON file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.racing", description=__doc__)
@@ -234,14 +248,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if options.seeds < 2:
         parser.error(f"--seeds is {options.seeds}; a comparison needs at least 2")
-    try:
-        racing = RacingSettings(tuple(options.rungs))
-    except ValueError as error:
-        parser.error(f"--rungs: {error}")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    torch.set_num_threads(1)
-    logging.getLogger("evoloss").setLevel(logging.WARNING)
-    machine = describe_machine(torch.device("cpu"))
+    racing, machine = start(parser, options)
     for name in options.workloads:
         workload = WORKLOADS[name]()
         if options.learning_rate is not None:

@@ -24,8 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 import evoloss
-from benchmarks.machine import describe_machine
-from benchmarks.racing import Row, add_budget_options, cut_down, run_search
+from benchmarks.racing import Row, add_budget_options, cut_down, run_search, start
 from benchmarks.racing_workloads import WORKLOADS, RacingWorkload
 from benchmarks.report import format_section, keep_section
 from evoloss.engine import Engine, LocalSearchSettings, TrainingRun
@@ -46,8 +45,8 @@ Record = dict[str, dict[str, Any]]
 ``of`` tells what search it is of.
 """
 
-
 COUNTS = ("candidates", "archive_hits", "zero_gradient", "evaluated", "diverged")
+"""Of a history row, what `summarise` adds up."""
 
 
 def find_key(program: Program) -> str:
@@ -222,14 +221,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     add_budget_options(parser)
     options = parser.parse_args(arguments)
-    try:
-        racing = RacingSettings(tuple(options.rungs))
-    except ValueError as error:
-        parser.error(f"--rungs: {error}")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    torch.set_num_threads(1)
-    logging.getLogger("evoloss").setLevel(logging.WARNING)
-    machine = describe_machine(torch.device("cpu"))
+    racing, machine = start(parser, options)
     for name in options.workloads:
         workload = WORKLOADS[name]()
         settings = cut_down(workload.search, options)

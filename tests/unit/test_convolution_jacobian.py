@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -134,14 +132,6 @@ def test_a_jacobian_by_no_layer_is_empty() -> None:
     assert jacobian.split(rows[0].numpy(), [outputs]) == []
     assert jacobian.join([outputs]).shape == (0,)
     assert torch.equal(jacobian.push_forward(rows), torch.zeros(2, 3, 7, dtype=torch.float64))
-
-
-@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("threads")
