@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.accuracy import measure_local_searches, measure_meta_gradients
-from benchmarks.machine import describe_machine
+from benchmarks.machine import describe_machine, find_origin
 from benchmarks.plot import draw_scaling
 from benchmarks.point import Point, run_point
 from benchmarks.racing_workloads import RUNGS
@@ -60,6 +60,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
                         metavar="NAME", help="run a whole search under the paper's settings")  # fmt: skip
     parser.add_argument("--racing", action="store_true", help="--search with races at "
                         f"{' and '.join(map(str, RUNGS))} of every training")  # fmt: skip
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED",
+                        help="of --search, one search each (default: 0)")  # fmt: skip
     parser.add_argument("--scaling", action="store_true", help="cost and memory, with a figure")
     parser.add_argument("--accuracy", action="store_true", help="float32 against float64")
     parser.add_argument("--threads", type=at_least_one, default=1, help="CPU threads (default: 1)")
@@ -117,7 +119,8 @@ def measure_workloads(options: argparse.Namespace, device: torch.device) -> dict
 
 def measure_searches(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Return the wall-clock of the chosen whole searches."""
-    results = {}
+    results: dict[str, Any] = {}
+    origin = find_origin(describe_machine(device))
     for name in options.search:
         workload = make_workload(name)
         engine = workload.build_engine(device)
@@ -125,13 +128,15 @@ def measure_searches(options: argparse.Namespace, device: torch.device) -> dict[
         if options.racing:
             settings = replace(settings, racing=RacingSettings(RUNGS))
             name = f"{name}, racing"
-        results[name] = run_search(engine, settings, 0)
+        for seed in options.seeds:
+            results[f"{name}, seed {seed}"] = {**origin, **run_search(engine, settings, seed)}
     if XOR_SEARCH in options.workloads:
         workload = make_workload("xor")
         population = options.population or workload.population
         generations = 2 if options.quick else NUM_GENERATIONS
         engine = workload.build_engine(device)
-        results[XOR_SEARCH] = run_search(engine, make_xor_search(population, generations), 0)
+        search = make_xor_search(population, generations)
+        results[XOR_SEARCH] = {**origin, **run_search(engine, search, 0)}
     return results
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,12 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
         "load_average": os.getloadavg()[0],
     }
+
+
+def find_origin(machine: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what tells a row's origin in a section that keeps rows of several runs."""
+    processor = machine["cpu"] if machine["device"] == "cpu" else machine["device"]
+    return {"processor": processor, "commit": machine["commit"]}
 
 
 def time_call(device: torch.device, call: Callable[[], Any]) -> tuple[float, Any]:

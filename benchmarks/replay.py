@@ -24,9 +24,11 @@ import torch
 from numpy.typing import NDArray
 
 import evoloss
+from benchmarks.machine import find_origin
 from benchmarks.racing import Row, add_budget_options, cut_down, run_search, start
 from benchmarks.racing_workloads import WORKLOADS, RacingWorkload
 from benchmarks.report import format_section, keep_section
+from benchmarks.search import count_work
 from evoloss.engine import Engine, LocalSearchSettings, TrainingRun
 from evoloss.engine.population_loss import OutputLoss, PopulationLoss
 from evoloss.engine.racing import RacingSettings
@@ -44,9 +46,6 @@ Record = dict[str, dict[str, Any]]
 
 ``of`` tells what search it is of.
 """
-
-COUNTS = ("candidates", "archive_hits", "zero_gradient", "evaluated", "diverged")
-"""Of a history row, what `summarise` adds up."""
 
 
 def find_key(program: Program) -> str:
@@ -199,13 +198,13 @@ def summarise(off: Sequence[Row], on: Sequence[Row]) -> dict[str, Any]:
         if list_entrants(a) != list_entrants(b)
     ]
     steps = [sum(row["training_steps"] for row in rows) for rows in (off, on)]
-    counts = {key: sum(row[key] for row in off) for key in COUNTS}
+    work = count_work(off)
     return {
-        "local_searches": counts["candidates"] - counts["archive_hits"] - counts["zero_gradient"],
-        "trainings": counts["evaluated"] + counts["diverged"],
+        "local_searches": work["local_searches"],
+        "trainings": work["trainings"],
         "fitness": {"off": off[-1]["best_fitness"], "on": on[-1]["best_fitness"]},
         "parted": min(parted, default=None),
-        "stopped": sum(row["stopped"] for row in on),
+        "stopped": count_work(on)["stopped"],
         "share_of_steps_spared": 1 - steps[1] / steps[0] if steps[0] else 0.0,
         "cpu_seconds": off[-1]["cpu_seconds"],
     }
@@ -233,8 +232,7 @@ def main(arguments: Sequence[str]) -> int:
                 sys.stderr.write(f"error: {error}\n")
                 return 1
             size = f"{settings.population_size} x {settings.num_generations}"
-            origin = {key: machine[key] for key in ("cpu", "commit")}
-            row = {"size": size, **origin, **found}
+            row = {"size": size, **find_origin(machine), **found}
             section = {"machine": machine, "results": {f"{name}, seed {seed}": row}}
             sys.stdout.write(format_section("replays", section) + "\n\n")
             if options.json is not None:

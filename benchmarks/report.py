@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import find_origin
 from evoloss.errors import DataError
 from evoloss.results import read_json, write_json
 
@@ -14,6 +15,8 @@ BEGIN, END = "<!-- results: begin (written by --update-readme) -->", "<!-- resul
 
 def format_seconds(seconds: float) -> str:
     """Return seconds with three digits and a readable unit."""
+    if seconds >= 600.0:
+        return f"{seconds / 60:.3g} min"
     for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
         if seconds * factor >= 1.0:
             return f"{seconds * factor:.3g} {unit}"
@@ -36,13 +39,22 @@ def describe_origin(section: Mapping[str, Any]) -> str:
     """Return one line about machine, versions, commit and date of a section."""
     machine = section["machine"]
     threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
-    where = machine["cpu"] if machine["device"] == "cpu" else machine["device"]
-    commit = (machine["commit"] or "no repository")[:7]
+    origin = find_origin(machine)
     changed = " with uncommitted changes" if machine["uncommitted_changes"] else ""
     return (
-        f"{where}, {threads} of {machine['cores']} cores, torch {machine['torch']}, commit {commit}{changed}, "
+        f"{origin['processor']}, {threads} of {machine['cores']} cores, torch {machine['torch']}, "
+        f"commit {_shorten(origin['commit'])}{changed}, "
         f"{machine['date']} UTC, load {machine['load_average']:.1f} at the start."
     )
+
+
+def format_origin(row: Mapping[str, Any]) -> str:
+    """Return processor and commit of a row; see `benchmarks.machine.find_origin`."""
+    return f"{row['processor']}, {_shorten(row['commit'])}"
+
+
+def _shorten(commit: str | None) -> str:
+    return (commit or "no repository")[:7]
 
 
 def format_timing(results: Mapping[str, Any]) -> str:
@@ -122,10 +134,11 @@ def format_searches(results: Mapping[str, Any]) -> str:
         [
             name,
             f"{r['population']} x {r['generations']}",
+            format_origin(r),
             format_seconds(r["seconds"]),
             format_seconds(r["processor_seconds"]),
             f"{r['peak_memory'] / 2**20:.0f} MiB",
-            str(r["evaluated"]),
+            f"{r['local_searches']}, {r['trainings']}, {r['stopped']}",
             f"{r['best_fitness']:.4g}" if r["best_fitness"] is not None else "none",
             str(r["best_complexity"]) if r["best_complexity"] is not None else "none",
         ]
@@ -134,10 +147,11 @@ def format_searches(results: Mapping[str, Any]) -> str:
     header = [
         "search",
         "candidates x generations",
+        "processor, commit",
         "wall-clock",
         "processor time",
         "most memory",
-        "trained",
+        "local searches, trainings, of these stopped",
         "best fitness",
         "its nodes",
     ]
@@ -181,7 +195,7 @@ def format_replays(results: Mapping[str, Any]) -> str:
         [
             name,
             r["size"],
-            f"{r['cpu']}, {(r['commit'] or 'no repository')[:7]}",
+            format_origin(r),
             f"{r['local_searches']}, {r['trainings']}",
             *("none" if r["fitness"][how] is None else f"{r['fitness'][how]:.4g}" for how in ("off", "on")),
             "never" if r["parted"] is None else f"in generation {r['parted']}",

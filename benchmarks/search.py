@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.machine import read_peak_memory
 from benchmarks.workloads import Workload, read_paper_section
 from evoloss.engine import Engine
+from evoloss.results import SEARCH_COUNTS
 from evoloss.search.gp_search import GPSearch
 from evoloss.search.history import PHASES
 from evoloss.search.settings import SearchSettings
@@ -23,6 +25,16 @@ def read_paper_search(workload: Workload) -> SearchSettings:
         read_paper_section("search", workload.dataset),
         read_paper_section("local_search", workload.dataset),
     )
+
+
+def count_work(history: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Return how many local searches and trainings rows stand for, and how many of these a race stopped."""
+    counts = {key: sum(row[key] for row in history) for key in ("candidates", *SEARCH_COUNTS)}
+    return {
+        "local_searches": counts["candidates"] - counts["archive_hits"] - counts["zero_gradient"],
+        "trainings": counts["evaluated"] + counts["diverged"] + counts["stopped"],
+        "stopped": counts["stopped"],
+    }
 
 
 def run_search(engine: Engine, settings: SearchSettings, seed: int) -> dict[str, Any]:
@@ -47,7 +59,7 @@ def run_search(engine: Engine, settings: SearchSettings, seed: int) -> dict[str,
             phase: sum(row[f"seconds_{phase}"] for row in result.history) for phase in PHASES
         },
         "candidates": sum(row["candidates"] for row in result.history),
-        "evaluated": sum(row["evaluated"] for row in result.history),
+        **count_work(result.history),
         "best_expression": str(best.expression) if best else None,
         "best_fitness": best.fitness if best else None,
         "best_complexity": best.complexity if best else None,

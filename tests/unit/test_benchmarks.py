@@ -21,13 +21,14 @@ from benchmarks.phases import FitnessPhase, make_phases
 from benchmarks.plot import draw_scaling
 from benchmarks.point import Point, PointError, measure_point, run_point
 from benchmarks.scaling import Ranges, fit_slope, measure_scaling
-from benchmarks.search import read_paper_search, run_search
+from benchmarks.search import count_work, read_paper_search, run_search
 from benchmarks.timing import DisagreementError, TimingOptions, measure_workload
 from benchmarks.tournaments import count_changed
 from benchmarks.workloads import WORKLOADS, Workload, make_workload
 from benchmarks.xor import OPERATORS, make_xor_search, make_xor_task
 from evoloss.errors import DataError, ModelError
 from evoloss.expressions import parse_expression
+from evoloss.results import SEARCH_COUNTS
 from evoloss.search.gp_search import GPSearch
 from evoloss.search.individuals import build_primitive_set
 
@@ -205,7 +206,9 @@ def test_primitives_can_be_restricted() -> None:
     assert names == set(OPERATORS)
 
 
-def test_whole_search_by_the_clock() -> None:
+def test_whole_search_by_the_clock(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     workload = make_toy_workload()
     settings = read_paper_search(workload)
     assert (settings.population_size, settings.num_generations) == (25, 50)
@@ -217,10 +220,29 @@ def test_whole_search_by_the_clock() -> None:
         fitness_steps=3,
         local_search=replace(settings.local_search, meta_steps=2),
     )
-    found = run_search(workload.build_engine(CPU), small, 0)
-    assert found["candidates"] == 8
-    assert sum(found["seconds_by_phase"].values()) <= found["seconds"]
-    assert "softmax" in report.format_searches({"softmax": found})
+    monkeypatch.setattr("benchmarks.__main__.make_workload", lambda name: workload)
+    monkeypatch.setattr("benchmarks.__main__.read_paper_search", lambda workload: small)
+    path = tmp_path / "results.json"
+    for seeds in (["1"], ["2", "3"]):
+        command = ["--search", "softmax", "--racing", "--seeds", *seeds, "--json", str(path)]
+        assert main(command) == 0
+    assert "| softmax, racing, seed 3 | 4 x 1 | " in capsys.readouterr().out
+    results = json.loads(path.read_text())["searches"]["results"]
+    assert list(results) == [f"softmax, racing, seed {seed}" for seed in (1, 2, 3)]
+    assert [found["seed"] for found in results.values()] == [1, 2, 3]
+    for found in results.values():
+        assert found["candidates"] == 8
+        assert sum(found["seconds_by_phase"].values()) <= found["seconds"]
+        assert 8 >= found["local_searches"] >= found["trainings"] >= found["stopped"] == 0
+
+
+def test_work_is_counted_by_what_became_of_the_candidates() -> None:
+    row = dict.fromkeys(SEARCH_COUNTS, 0)
+    rows = [
+        {**row, "candidates": 25, "archive_hits": 3, "zero_gradient": 2, "rejected": 9, "evaluated": 8},
+        {**row, "candidates": 25, "gradient_hits": 4, "evaluated": 5, "diverged": 1, "stopped": 7},
+    ]  # fmt: skip
+    assert count_work(rows) == {"local_searches": 45, "trainings": 21, "stopped": 7}
 
 
 def test_the_readme_shows_what_was_measured(tmp_path: Path) -> None:
@@ -377,3 +399,11 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert f"argument {option}: {value} is " in capsys.readouterr().err
     assert main(["--device", "tpu"]) == 1
     assert "error: device is 'tpu'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(2065.9, "34.4 min"), (27.2, "27.2 s"), (0.0054, "5.4 ms"), (2e-6, "2 µs"), (5e-8, "50 ns")],
+)
+def test_seconds_have_a_readable_unit(seconds: float, text: str) -> None:
+    assert report.format_seconds(seconds) == text

@@ -13,6 +13,7 @@ from benchmarks import racing_workloads, replay
 from benchmarks.racing import Row, run_search
 from evoloss.engine import Engine
 from evoloss.engine.racing import RacingSettings
+from evoloss.results import SEARCH_COUNTS
 from evoloss.search.gp_search import GPSearch
 
 RACING = RacingSettings((0.25, 0.5))
@@ -73,8 +74,8 @@ def test_a_replay_is_the_search_with_racing(
 
 def test_searches_part_where_their_entrants_differ() -> None:
     def make(*keys: str) -> Row:
-        row = {"best_fitness": 0.5, "training_steps": 10, "stopped": 1, "cpu_seconds": 2.0}
-        row |= dict.fromkeys(replay.COUNTS, 1)
+        row = dict.fromkeys(("candidates", *SEARCH_COUNTS), 1)
+        row |= {"best_fitness": 0.5, "training_steps": 10, "cpu_seconds": 2.0}
         return {**row, "tournaments": [tuple((key, 0.0) for key in keys)]}
 
     off = [{**make("a", "b"), "generation": 0}, {**make("a", "c"), "generation": 1}]
