@@ -33,8 +33,8 @@ from evoloss.engine.threads import map_on_threads
 
 BITS = 4
 ENTRIES = 2**BITS
-TABLE_BYTES = 24 * 2**10
-"""All tables that are in use at a time; the rest of the cache is for what passes by."""
+TABLE_BYTES = 32 * 2**10
+"""All tables that are in use at a time: those of a batch of 128 samples, so that its sums are never put away."""
 ROWS = 8
 """Rows of the product that stay in registers while tables are added to them."""
 MIN_TERMS = 32
