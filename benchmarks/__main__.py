@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from benchmarks.machine import describe_machine, find_origin
 from benchmarks.plot import draw_scaling
 from benchmarks.point import Point, run_point
 from benchmarks.racing_workloads import RUNGS
-from benchmarks.report import format_section, keep_section, update_readme
+from benchmarks.report import ROW_BY_ROW, format_section, keep_section, update_readme
 from benchmarks.scaling import WORKLOADS as SCALED
 from benchmarks.scaling import Ranges, measure_scaling
 from benchmarks.search import read_paper_search, run_search
@@ -32,6 +32,9 @@ from evoloss.results import read_json
 HERE = Path(__file__).parent
 XOR_SEARCH = "xor-search"
 MEMORY_STEPS = 5
+
+Measure = Callable[[argparse.Namespace, torch.device], Iterator[dict[str, Any]]]
+"""Measures what the options ask for; yields results of one section, which are kept as they come."""
 
 
 def at_least_one(text: str) -> int:
@@ -61,7 +64,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--racing", action="store_true", help="--search with races at "
                         f"{' and '.join(map(str, RUNGS))} of every training")  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED",
-                        help="of --search, one search each (default: 0)")  # fmt: skip
+                        help="of --search: one search for every name and seed (default: 0)")  # fmt: skip
     parser.add_argument("--scaling", action="store_true", help="cost and memory, with a figure")
     parser.add_argument("--accuracy", action="store_true", help="float32 against float64")
     parser.add_argument("--threads", type=at_least_one, default=1, help="CPU threads (default: 1)")
@@ -102,8 +105,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def measure_workloads(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Return the times of the chosen workloads."""
+def measure_workloads(
+    options: argparse.Namespace, device: torch.device
+) -> Iterator[dict[str, Any]]:
+    """Yield the times of the chosen workloads."""
     timing = TimingOptions(
         options.repeats, options.steps_fraction, options.population, options.oracle_candidates
     )
@@ -114,12 +119,11 @@ def measure_workloads(options: argparse.Namespace, device: torch.device) -> dict
             population = results[name]["population"]
             point = Point(name, population, MEMORY_STEPS, options.threads, options.device)
             results[name]["peak_memory"] = run_point(point)["peak_memory"]
-    return results
+    yield results
 
 
-def measure_searches(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Return the wall-clock of the chosen whole searches."""
-    results: dict[str, Any] = {}
+def measure_searches(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Yield the wall-clock of the chosen whole searches, one after the other: they are long."""
     origin = find_origin(describe_machine(device))
     for name in options.search:
         workload = make_workload(name)
@@ -129,19 +133,18 @@ def measure_searches(options: argparse.Namespace, device: torch.device) -> dict[
             settings = replace(settings, racing=RacingSettings(RUNGS))
             name = f"{name}, racing"
         for seed in options.seeds:
-            results[f"{name}, seed {seed}"] = {**origin, **run_search(engine, settings, seed)}
+            yield {f"{name}, seed {seed}": {**origin, **run_search(engine, settings, seed)}}
     if XOR_SEARCH in options.workloads:
         workload = make_workload("xor")
         population = options.population or workload.population
         generations = 2 if options.quick else NUM_GENERATIONS
         engine = workload.build_engine(device)
         search = make_xor_search(population, generations)
-        results[XOR_SEARCH] = {**origin, **run_search(engine, search, 0)}
-    return results
+        yield {XOR_SEARCH: {**origin, **run_search(engine, search, 0)}}
 
 
-def measure_accuracy(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Return the float32 errors of the paper's models."""
+def measure_accuracy(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Yield the float32 errors of the paper's models."""
     steps = 5 if options.quick else None
     results = {}
     for name in ("softmax",) if options.quick else ("softmax", "lenet5", "mlp"):
@@ -150,11 +153,13 @@ def measure_accuracy(options: argparse.Namespace, device: torch.device) -> dict[
             "meta_gradient": measure_meta_gradients(workload, device, options.trees),
             "phi": measure_local_searches(workload, device, options.phi_trees, steps),
         }
-    return results
+    yield results
 
 
-def measure_all_scaling(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Return the scaling of the small workloads, and draw it where the results are kept."""
+def measure_all_scaling(
+    options: argparse.Namespace, device: torch.device
+) -> Iterator[dict[str, Any]]:
+    """Yield the scaling of the small workloads, and draw it where the results are kept."""
     ranges = Ranges((4, 8), (2, 4), ((5, 8), (10, 16))) if options.quick else Ranges()
     base = Point(
         "", options.population or 25, 4 if options.quick else 20, options.threads, device.type
@@ -166,14 +171,14 @@ def measure_all_scaling(options: argparse.Namespace, device: torch.device) -> di
     if options.json is not None:
         folder = options.json.parent
         draw_scaling(results, folder / "scaling.svg", folder / "scaling.png")
-    return results
+    yield results
 
 
 def main(arguments: Sequence[str]) -> int:
     """Measure what is asked for; return 0, or 1 after an error's one sentence."""
     options = parse_arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    measures: dict[str, Callable[[argparse.Namespace, torch.device], dict[str, Any]] | None] = {
+    measures: dict[str, Measure | None] = {
         "workloads": measure_workloads if set(options.workloads) - {XOR_SEARCH} else None,
         "searches": measure_searches if options.search or XOR_SEARCH in options.workloads else None,
         "accuracy": measure_accuracy if options.accuracy else None,
@@ -186,11 +191,11 @@ def main(arguments: Sequence[str]) -> int:
             if measure is None:
                 continue
             machine = describe_machine(device)
-            section = {"machine": machine, "results": measure(options, device)}
-            print(format_section(name, section), end="\n\n", flush=True)
-            if options.json is not None:
-                # searches are long, and run one by one
-                keep_section(options.json, name, section, merge=name == "searches")
+            for results in measure(options, device):
+                section = {"machine": machine, "results": results}
+                print(format_section(name, section), end="\n\n", flush=True)
+                if options.json is not None:
+                    keep_section(options.json, name, section, merge=name in ROW_BY_ROW)
         if options.update_readme:
             update_readme(HERE / "README.md", read_json(options.json))
     except EvolossError as error:

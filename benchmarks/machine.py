@@ -38,7 +38,10 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 def find_origin(machine: Mapping[str, Any]) -> dict[str, Any]:
     """Return what tells a row's origin in a section that keeps rows of several runs."""
     processor = machine["cpu"] if machine["device"] == "cpu" else machine["device"]
-    return {"processor": processor, "commit": machine["commit"]}
+    return {
+        "processor": processor,
+        **{key: machine[key] for key in ("threads", "commit", "uncommitted_changes")},
+    }
 
 
 def time_call(device: torch.device, call: Callable[[], Any]) -> tuple[float, Any]:

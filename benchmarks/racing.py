@@ -25,6 +25,7 @@ import torch
 from benchmarks.machine import describe_machine
 from benchmarks.racing_workloads import RUNGS, WORKLOADS
 from benchmarks.report import format_section, keep_section
+from benchmarks.search import count_trainings
 from benchmarks.tournaments import count_changed, list_tournaments
 from evoloss.engine import Engine
 from evoloss.engine.racing import RacingSettings
@@ -106,7 +107,7 @@ def describe(
     """
     best = rows[-1]
     tournaments = [t for row in rows for t in row["tournaments"]]
-    trained = sum(row["evaluated"] + row["stopped"] + row["diverged"] for row in rows)
+    trained = count_trainings(rows)
     errors = [float("nan")]
     if best["best_expression"]:
         loss = engine.population_loss(
@@ -241,13 +242,15 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.racing", description=__doc__)
     small = ["softmax-noisy", "small-mlp"]
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=small)
-    parser.add_argument("--seeds", type=int, default=6, help="searches of each kind (default: 6)")
+    parser.add_argument(
+        "--num-seeds", type=int, default=6, help="searches of each kind (default: 6)"
+    )
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, help="of the base models, likewise")
     add_budget_options(parser)
     options = parser.parse_args(arguments)
-    if options.seeds < 2:
-        parser.error(f"--seeds is {options.seeds}; a comparison needs at least 2")
+    if options.num_seeds < 2:
+        parser.error(f"--num-seeds is {options.num_seeds}; a comparison needs at least 2")
     racing, machine = start(parser, options)
     for name in options.workloads:
         workload = WORKLOADS[name]()
@@ -258,7 +261,7 @@ def main(arguments: Sequence[str]) -> int:
         # compiles the kernels and starts the libraries, which the first search would pay for alone
         run_search(GPSearch(engine, replace(settings, num_generations=1), options.first_seed))
         seeds = []
-        for seed in range(options.first_seed, options.first_seed + options.seeds):
+        for seed in range(options.first_seed, options.first_seed + options.num_seeds):
             seeds.append(compare(engine, settings, racing, seed))
             logger.info("%s, seed %d: %s", name, seed, seeds[-1])
         search = asdict(replace(settings, racing=racing))

@@ -180,10 +180,10 @@ def replay(
 
     off = run_search(GPSearch(engine, replace(settings, racing=RacingSettings()), seed), keep)
     on = run_search(GPSearch(engine, replace(settings, racing=racing), seed), keep)
-    return {"seed": seed, **summarise(off, on)}
+    return {"seed": seed, **summarise(off, on, settings)}
 
 
-def summarise(off: Sequence[Row], on: Sequence[Row]) -> dict[str, Any]:
+def summarise(off: Sequence[Row], on: Sequence[Row], settings: SearchSettings) -> dict[str, Any]:
     """Return fitness without and with racing, the generation that differs first (None: none), what racing spares.
 
     Local searches and trainings are those of the search without racing.
@@ -197,14 +197,14 @@ def summarise(off: Sequence[Row], on: Sequence[Row]) -> dict[str, Any]:
         for a, b in zip(off, on, strict=True)
         if list_entrants(a) != list_entrants(b)
     ]
-    steps = [sum(row["training_steps"] for row in rows) for rows in (off, on)]
-    work = count_work(off)
+    work, with_racing = (count_work(rows, settings) for rows in (off, on))
+    steps = [w["training_steps"] for w in (work, with_racing)]
     return {
         "local_searches": work["local_searches"],
         "trainings": work["trainings"],
         "fitness": {"off": off[-1]["best_fitness"], "on": on[-1]["best_fitness"]},
         "parted": min(parted, default=None),
-        "stopped": count_work(on)["stopped"],
+        "stopped": with_racing["stopped"],
         "share_of_steps_spared": 1 - steps[1] / steps[0] if steps[0] else 0.0,
         "cpu_seconds": off[-1]["cpu_seconds"],
     }

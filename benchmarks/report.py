@@ -38,23 +38,26 @@ def make_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def describe_origin(section: Mapping[str, Any]) -> str:
     """Return one line about machine, versions, commit and date of a section."""
     machine = section["machine"]
-    threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
     origin = find_origin(machine)
-    changed = " with uncommitted changes" if machine["uncommitted_changes"] else ""
     return (
-        f"{origin['processor']}, {threads} of {machine['cores']} cores, torch {machine['torch']}, "
-        f"commit {_shorten(origin['commit'])}{changed}, "
+        f"{origin['processor']}, {_count_threads(origin)} of {machine['cores']} cores, "
+        f"torch {machine['torch']}, commit {_name_commit(origin)}, "
         f"{machine['date']} UTC, load {machine['load_average']:.1f} at the start."
     )
 
 
 def format_origin(row: Mapping[str, Any]) -> str:
-    """Return processor and commit of a row; see `benchmarks.machine.find_origin`."""
-    return f"{row['processor']}, {_shorten(row['commit'])}"
+    """Return processor, threads and commit of a row; see `benchmarks.machine.find_origin`."""
+    return f"{row['processor']}, {_count_threads(row)}, {_name_commit(row)}"
 
 
-def _shorten(commit: str | None) -> str:
-    return (commit or "no repository")[:7]
+def _count_threads(origin: Mapping[str, Any]) -> str:
+    return f"{origin['threads']} thread{'s' if origin['threads'] > 1 else ''}"
+
+
+def _name_commit(origin: Mapping[str, Any]) -> str:
+    changed = " with uncommitted changes" if origin["uncommitted_changes"] else ""
+    return (origin["commit"] or "no repository")[:7] + changed
 
 
 def format_timing(results: Mapping[str, Any]) -> str:
@@ -147,11 +150,11 @@ def format_searches(results: Mapping[str, Any]) -> str:
     header = [
         "search",
         "candidates x generations",
-        "processor, commit",
+        "processor, threads, commit",
         "wall-clock",
         "processor time",
         "most memory",
-        "local searches, trainings, of these stopped",
+        "local searches, trainings, of these stopped by a race",
         "best fitness",
         "its nodes",
     ]
@@ -205,7 +208,7 @@ def format_replays(results: Mapping[str, Any]) -> str:
         for name, r in results.items()
     ]  # fmt: skip
     header = [
-        "search", "candidates x generations", "processor, commit", "local searches, trainings",
+        "search", "candidates x generations", "processor, threads, commit", "local searches, trainings",
         "best fitness without racing", "with", "the searches part", "stopped", "training steps spared",
     ]  # fmt: skip
     return make_table(header, rows)
@@ -231,11 +234,15 @@ SECTIONS = {
 }
 """Section of the JSON file: heading and table."""
 
+ROW_BY_ROW = ("searches", "replays")
+"""Sections whose rows may be of different runs; every row says what it is of."""
+
 
 def format_section(name: str, section: Mapping[str, Any]) -> str:
     """Return heading, origin and table of one section."""
     heading, form = SECTIONS[name]
-    return f"### {heading}\n\n{describe_origin(section)}\n\n{form(section['results'])}"
+    last = "Last run: " if name in ROW_BY_ROW else ""
+    return f"### {heading}\n\n{last}{describe_origin(section)}\n\n{form(section['results'])}"
 
 
 def keep_section(path: Path, name: str, section: Mapping[str, Any], merge: bool = False) -> None:

@@ -206,18 +206,19 @@ def test_primitives_can_be_restricted() -> None:
     assert names == set(OPERATORS)
 
 
+@pytest.mark.usefixtures("narrow_bounds")
 def test_whole_search_by_the_clock(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    workload = make_toy_workload()
+    workload = make_toy_workload("mlp")
     settings = read_paper_search(workload)
     assert (settings.population_size, settings.num_generations) == (25, 50)
     assert settings.local_search is not None
     small = replace(
         settings,
-        population_size=4,
-        num_generations=1,
-        fitness_steps=3,
+        population_size=24,
+        num_generations=8,
+        fitness_steps=16,
         local_search=replace(settings.local_search, meta_steps=2),
     )
     monkeypatch.setattr("benchmarks.__main__.make_workload", lambda name: workload)
@@ -226,23 +227,52 @@ def test_whole_search_by_the_clock(
     for seeds in (["1"], ["2", "3"]):
         command = ["--search", "softmax", "--racing", "--seeds", *seeds, "--json", str(path)]
         assert main(command) == 0
-    assert "| softmax, racing, seed 3 | 4 x 1 | " in capsys.readouterr().out
+    assert "| softmax, racing, seed 3 | 24 x 8 | " in capsys.readouterr().out
     results = json.loads(path.read_text())["searches"]["results"]
     assert list(results) == [f"softmax, racing, seed {seed}" for seed in (1, 2, 3)]
     assert [found["seed"] for found in results.values()] == [1, 2, 3]
     for found in results.values():
-        assert found["candidates"] == 8
+        assert found["candidates"] == 9 * 24
         assert sum(found["seconds_by_phase"].values()) <= found["seconds"]
-        assert 8 >= found["local_searches"] >= found["trainings"] >= found["stopped"] == 0
+        assert found["local_searches"] > found["trainings"] > 0
+    assert sum(found["stopped"] for found in results.values()) > 0
+
+
+def test_a_search_is_kept_before_the_next_one_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def search_once(engine: object, settings: object, seed: int) -> dict[str, object]:
+        if seed == 2:
+            raise KeyboardInterrupt
+        return found
+
+    search = make_xor_search(8, 1)
+    found = run_search(make_workload("xor").build_engine(CPU), search, 1)
+    monkeypatch.setattr("benchmarks.__main__.run_search", search_once)
+    path = tmp_path / "results.json"
+    with pytest.raises(KeyboardInterrupt):
+        main(["--search", "softmax", "--seeds", "1", "2", "--json", str(path)])
+    assert list(json.loads(path.read_text())["searches"]["results"]) == ["softmax, seed 1"]
+
+
+def test_a_search_without_local_search_counts_none(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    assert main(["--quick", "--workloads", "xor-search", "--json", str(path)]) == 0
+    (row,) = json.loads(path.read_text())["searches"]["results"].values()
+    assert row["candidates"] == 8
+    assert row["local_searches"] == 0
 
 
 def test_work_is_counted_by_what_became_of_the_candidates() -> None:
-    row = dict.fromkeys(SEARCH_COUNTS, 0)
+    row = {**dict.fromkeys(SEARCH_COUNTS, 0), "training_steps": 100}
     rows = [
-        {**row, "candidates": 25, "archive_hits": 3, "zero_gradient": 2, "rejected": 9, "evaluated": 8},
-        {**row, "candidates": 25, "gradient_hits": 4, "evaluated": 5, "diverged": 1, "stopped": 7},
+        {**row, "candidates": 25, "archive_hits": 3, "zero_gradient": 2, "rejected": 12, "evaluated": 8},
+        {**row, "candidates": 25, "rejected": 8, "gradient_hits": 4, "evaluated": 5, "diverged": 1, "stopped": 7},
     ]  # fmt: skip
-    assert count_work(rows) == {"local_searches": 45, "trainings": 21, "stopped": 7}
+    search = read_paper_search(make_workload("softmax"))
+    expected = {"local_searches": 45, "trainings": 21, "stopped": 7, "training_steps": 200}
+    assert count_work(rows, search) == expected
+    assert count_work(rows, replace(search, local_search=None)) == {**expected, "local_searches": 0}
 
 
 def test_the_readme_shows_what_was_measured(tmp_path: Path) -> None:
@@ -265,7 +295,7 @@ def test_racing_is_compared_with_the_same_search_without(
     monkeypatch.setattr("benchmarks.racing.WORKLOADS", {"toy": lambda: toy, "other": lambda: toy})
     path = tmp_path / "results.json"
     path.write_text('{"kept": 1}')
-    budget = ["--generations", "8", "--meta-steps", "2", "--fitness-steps", "8", "--seeds", "2"]
+    budget = ["--generations", "8", "--meta-steps", "2", "--fitness-steps", "8", "--num-seeds", "2"]
     budget += ["--learning-rate", "0.1"]
     for name in ("toy", "other"):
         assert racing.main(["--workloads", name, *budget, "--json", str(path)]) == 0
@@ -302,8 +332,8 @@ def test_racing_is_compared_with_the_same_search_without(
     printed = capsys.readouterr().out
     assert "| toy | 16 x 8 | 2 + 8 | 0.1 | 2 | equal steps | " in printed
     with pytest.raises(SystemExit):
-        racing.main(["--seeds", "1"])
-    assert "--seeds is 1; a comparison needs at least 2" in capsys.readouterr().err
+        racing.main(["--num-seeds", "1"])
+    assert "--num-seeds is 1; a comparison needs at least 2" in capsys.readouterr().err
 
 
 def test_stopped_losses_are_trained_to_the_end_as_the_search_does() -> None:

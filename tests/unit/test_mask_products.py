@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from evoloss.engine.mask_products import (
     BITS,
     ENTRIES,
     ROWS,
+    _find_layout,
     encode_mask,
     make_mask_product,
     multiply_mask,
@@ -106,3 +109,14 @@ def test_what_is_not_finite_goes_through_active_units_alone() -> None:
     assert torch.isfinite(found[[0, 1, 3, 4, 5, 6, 7, 8]]).all()
     matrix[7] = torch.nan
     assert multiply_mask(encode_mask(values), matrix, right, left)[5].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("num_bytes", [16, 32, 64])
+def test_a_batch_of_128_samples_takes_one_pass(
+    num_bytes: int, dtype: type[np.floating[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evoloss.engine.mask_products.find_registers", lambda: (num_bytes, 12))
+    lanes, passes = _find_layout(np.dtype(dtype))
+    assert passes * BITS >= 128
+    assert passes * ENTRIES * lanes <= np.iinfo(np.uint16).max + 1

@@ -15,6 +15,7 @@ from evoloss.engine import Engine
 from evoloss.engine.racing import RacingSettings
 from evoloss.results import SEARCH_COUNTS
 from evoloss.search.gp_search import GPSearch
+from evoloss.search.settings import SearchSettings
 
 RACING = RacingSettings((0.25, 0.5))
 
@@ -43,9 +44,9 @@ def test_a_replay_is_the_search_with_racing(
 ) -> None:
     histories = []
 
-    def keep(off: list[Row], on: list[Row]) -> dict[str, object]:
+    def keep(off: list[Row], on: list[Row], settings: SearchSettings) -> dict[str, object]:
         histories[:] = [off, on]
-        return summarise(off, on)
+        return summarise(off, on, settings)
 
     summarise = replay.summarise
     monkeypatch.setattr(replay, "summarise", keep)
@@ -72,18 +73,25 @@ def test_a_replay_is_the_search_with_racing(
     assert {**again, "cpu_seconds": 0} == {**found, "cpu_seconds": 0}
 
 
-def test_searches_part_where_their_entrants_differ() -> None:
+def test_searches_part_where_their_entrants_differ(toy: racing_workloads.RacingWorkload) -> None:
     def make(*keys: str) -> Row:
         row = dict.fromkeys(("candidates", *SEARCH_COUNTS), 1)
-        row |= {"best_fitness": 0.5, "training_steps": 10, "cpu_seconds": 2.0}
+        row |= {
+            "candidates": 9,
+            "archive_hits": 2,
+            "best_fitness": 0.5,
+            "training_steps": 10,
+            "cpu_seconds": 2.0,
+        }
         return {**row, "tournaments": [tuple((key, 0.0) for key in keys)]}
 
     off = [{**make("a", "b"), "generation": 0}, {**make("a", "c"), "generation": 1}]
     on = [{**make("b", "a"), "generation": 0, "training_steps": 5}, {**off[1], "stopped": 0}]
-    found = replay.summarise(off, on)
+    found = replay.summarise(off, on, toy.search)
     assert (found["parted"], found["stopped"], found["share_of_steps_spared"]) == (None, 1, 0.25)
+    assert (found["local_searches"], found["trainings"]) == (12, 6)
     on[1] = {**on[1], **make("a", "d")}
-    assert replay.summarise(off, on)["parted"] == 1
+    assert replay.summarise(off, on, toy.search)["parted"] == 1
 
 
 def test_its_command_keeps_records_and_results(
