@@ -14,8 +14,8 @@ from evoloss.engine.mask_products import (
     BITS,
     ENTRIES,
     ROWS,
-    _find_layout,
     encode_mask,
+    find_layout,
     make_mask_product,
     multiply_mask,
 )
@@ -117,6 +117,6 @@ def test_a_batch_of_128_samples_takes_one_pass(
     num_bytes: int, dtype: type[np.floating[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("evoloss.engine.mask_products.find_registers", lambda: (num_bytes, 12))
-    lanes, passes = _find_layout(np.dtype(dtype))
+    lanes, passes = find_layout(np.dtype(dtype))
     assert passes * BITS >= 128
     assert passes * ENTRIES * lanes <= np.iinfo(np.uint16).max + 1

@@ -2,7 +2,7 @@
 
 The method of four Russians (Arlazarov, Dinic, Kronrod and Faradzhev, 1970): for every `BITS` rows of the matrix a table
 has the sums of all their subsets, and a row of the product adds one entry of each table: a fourth of a matrix product's
-operations, but that the tables must be made. They lie in the first-level cache, for one vector of columns at a time.
+operations, but that the tables must be made. They lie in the nearest caches, for one vector of columns at a time.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def encode_mask(values: Tensor) -> Mask:
     array = values.numpy()
     terms, rows = array.shape
     codes = np.zeros((-(-terms // BITS), rows), np.uint16)
-    lanes, passes = _find_layout(array.dtype)
+    lanes, passes = find_layout(array.dtype)
     _encode(array, codes, lanes, passes)
     return Mask(codes, terms)
 
@@ -87,7 +87,7 @@ def multiply_mask(mask: Mask, matrix: Tensor, term_factors: Tensor, row_factors:
     rows, columns = mask.codes.shape[1], source.shape[1]
     out = torch.empty(rows, columns, dtype=matrix.dtype)
     target = out.numpy()
-    lanes, passes = _find_layout(source.dtype)
+    lanes, passes = find_layout(source.dtype)
     # threads share the columns, by whole vectors
     count, vectors = torch.get_num_threads(), -(-columns // lanes)
     edges = [min(columns, vectors * i // count * lanes) for i in range(count + 1)]
@@ -101,7 +101,7 @@ def multiply_mask(mask: Mask, matrix: Tensor, term_factors: Tensor, row_factors:
     return out
 
 
-def _find_layout(dtype: np.dtype[Any]) -> tuple[int, int]:
+def find_layout(dtype: np.dtype[Any]) -> tuple[int, int]:
     """Return the elements of a vector, and how many groups' tables are in use at a time."""
     num_bytes, _ = find_registers()
     return num_bytes // dtype.itemsize, TABLE_BYTES // (ENTRIES * num_bytes)
