@@ -10,13 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evoloss.engine.bit_masks import BLOCK, find_column_bits
 from evoloss.engine.mask_products import (
     BITS,
     ENTRIES,
+    GROUPS,
     ROWS,
-    encode_mask,
     find_layout,
     make_mask_product,
+    make_tiles,
     multiply_mask,
 )
 
@@ -50,17 +52,19 @@ def test_it_is_a_matrix_product(
     rows: int, terms: int, columns: int, dtype: torch.dtype, seed: int
 ) -> None:
     values, matrix, right, left = draw(seed, rows, terms, columns, dtype)
-    found = multiply_mask(encode_mask(values), matrix, right, left)
+    found = multiply_mask(find_column_bits(values), matrix, right, left)
     expected = multiply_plainly(values, matrix, right, left)
     tolerance = TOLERANCES[dtype] * terms
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    tiles = make_tiles(matrix)
+    assert torch.equal(multiply_mask(find_column_bits(values), tiles, right, left), found)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_more_groups_than_tables_in_use(dtype: torch.dtype) -> None:
     """The sums of one pass stand in memory until the next one."""
     values, matrix, right, left = draw(0, 13, 1001, 37, dtype)
-    found = multiply_mask(encode_mask(values), matrix, right, left)
+    found = multiply_mask(find_column_bits(values), matrix, right, left)
     expected = multiply_plainly(values, matrix, right, left)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e3 * TOLERANCES[dtype])
 
@@ -68,32 +72,30 @@ def test_more_groups_than_tables_in_use(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("num_bytes", [16, 32, 64])
 def test_vectors_of_any_length(num_bytes: int) -> None:
     """Wherever the tests run; what the processor lacks LLVM makes of what it has."""
-    rows, terms, columns, passes = 11, 21, 29, 2
+    rows, terms, columns, passes = 11, 5 * BLOCK - 7, 29, 2
     values, matrix, right, left = draw(1, rows, terms, columns, torch.float64)
-    lanes = num_bytes // 8
-    codes = np.zeros((-(-terms // BITS), rows), np.uint16)
-    for term, row in np.argwhere((values > 0).numpy()):
-        codes[term // BITS, row] += lanes << (term % BITS)
-    codes += (np.arange(len(codes)) % passes * ENTRIES * lanes).astype(np.uint16)[:, None]
-    table = np.full(passes * ENTRIES * lanes, np.nan)
+    bits, lanes = find_column_bits(values), num_bytes // 8
+    table = np.full(passes * GROUPS * ENTRIES * lanes, np.nan)
+    sums = np.full(rows * lanes, np.nan)
     found = np.full((rows, columns), np.nan)
     multiply = make_mask_product(num_bytes)
     for first, end in ((0, 16), (16, columns)):
         multiply(
-            codes, matrix.numpy(), right.numpy(), left.numpy(), found, table, passes, first, end
-        )
+            bits, matrix.numpy().reshape(-1), columns, 1, right.numpy(), left.numpy(),
+            found, table, sums, passes, first, end,
+        )  # fmt: skip
     expected = multiply_plainly(values, matrix, right, left)
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-12)
 
 
 def test_threads_give_the_same() -> None:
     values, matrix, right, left = draw(2, 40, 90, 101, torch.float32)
-    mask = encode_mask(values)
-    expected = multiply_mask(mask, matrix, right, left)
+    bits = find_column_bits(values)
+    expected = multiply_mask(bits, matrix, right, left)
     try:
         for count in (2, 3, 8):
             torch.set_num_threads(count)
-            assert torch.equal(multiply_mask(mask, matrix, right, left), expected)
+            assert torch.equal(multiply_mask(bits, matrix, right, left), expected)
     finally:
         torch.set_num_threads(1)
 
@@ -104,11 +106,11 @@ def test_what_is_not_finite_goes_through_active_units_alone() -> None:
     values[4] = 0.0
     values[4, 2], values[7, 5] = 1.0, torch.nan
     matrix[4] = torch.inf
-    found = multiply_mask(encode_mask(values), matrix, right, left)
+    found = multiply_mask(find_column_bits(values), matrix, right, left)
     assert not torch.isfinite(found[2]).any()
     assert torch.isfinite(found[[0, 1, 3, 4, 5, 6, 7, 8]]).all()
     matrix[7] = torch.nan
-    assert multiply_mask(encode_mask(values), matrix, right, left)[5].isnan().all()
+    assert multiply_mask(find_column_bits(values), matrix, right, left)[5].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -117,6 +119,5 @@ def test_a_batch_of_128_samples_takes_one_pass(
     num_bytes: int, dtype: type[np.floating[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("evoloss.engine.mask_products.find_registers", lambda: (num_bytes, 12))
-    lanes, passes = find_layout(np.dtype(dtype))
-    assert passes * BITS >= 128
-    assert passes * ENTRIES * lanes <= np.iinfo(np.uint16).max + 1
+    _, passes = find_layout(np.dtype(dtype))
+    assert passes * GROUPS * BITS >= 128

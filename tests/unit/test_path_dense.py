@@ -95,9 +95,11 @@ NETWORKS = ("small", "sigmoid at the end", "wide", "deep", "rectified")
 
 @pytest.fixture
 def masks_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products of masks are used however small they are."""
-    monkeypatch.setattr("evoloss.engine.mask_products.MIN_TERMS", 1)
-    monkeypatch.setattr("evoloss.engine.mask_products.MIN_MULTIPLICATIONS", 1)
+    """Products of masks and of a ReLU's values without its zeros are used however small they are."""
+    for name in ("mask_products.MIN_TERMS", "sparse_products.MIN_ROWS"):
+        monkeypatch.setattr(f"evoloss.engine.{name}", 1)
+    for name in ("mask_products", "sparse_products"):
+        monkeypatch.setattr(f"evoloss.engine.{name}.MIN_MULTIPLICATIONS", 1)
 
 
 def weighted(formula: str, seed: int) -> Program:
@@ -217,8 +219,9 @@ def test_one_output_above_a_relu_is_trained_by_masks(monkeypatch: pytest.MonkeyP
     model = make_network("rectified", 1)
     path = DensePath(task, model, PLAIN)
     context = path.prepare(model, take(task, task.train, 4), take(task, task.validation, 4))
-    path.meta_gradients(context, make_loss(task, 1))
     assert counts["products"] == 1
+    path.meta_gradients(context, make_loss(task, 1))
+    assert counts["products"] == 2
 
 
 def test_large_layers_alone_are_trained_by_masks() -> None:
@@ -231,7 +234,7 @@ def test_large_layers_alone_are_trained_by_masks() -> None:
 
 def describe_layers(context: DenseContext) -> list[str]:
     return [
-        "shared" if len(layer.outer) == 2 else "formed" if layer.joint is None else "low rank"
+        "shared" if len(layer.outer) == 2 else "low rank" if layer.low_rank else "formed"
         for layer in context.layers
     ]
 

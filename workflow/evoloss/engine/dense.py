@@ -182,11 +182,12 @@ class DensePath:
 
     def _forward(self, params: list[Tensor], x: Tensor) -> list[Tensor]:
         """Return ``x`` (1, B, in) and every layer's values (k, B, out)."""
-        values = [x.unsqueeze(0)]
+        values, below = [x.unsqueeze(0)], "none"
         left = iter(params)
         for activation, has_bias in zip(self.activations, self.has_bias, strict=True):
             weight, bias = next(left), next(left) if has_bias else None
-            values.append(activate(activation, affine(values[-1], weight, bias)))
+            values.append(activate(activation, affine(values[-1], weight, bias, below)))
+            below = activation
         return values
 
     def _backward(

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from evoloss.engine.dense_masked import MaskedGradient
 from evoloss.engine.products import product
+from evoloss.engine.sparse_products import find_sparse
 
 ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
 
@@ -88,23 +90,31 @@ def activate_backward(kind: str, upstream: Tensor, h: Tensor) -> Tensor:
     return upstream
 
 
-def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return x W^T + b, (k or 1, B, in), (k, out, in), (k, out) -> (k, B, out)."""
+def affine(x: Tensor, weight: Tensor, bias: Tensor | None, below: str = "none") -> Tensor:
+    """Return x W^T + b, (k or 1, B, in), (k, out, in), (k, out) -> (k, B, out); ``below``: the activation of x."""
     if len(weight) == 1:
-        return product(x[0], weight[0].t(), None if bias is None else bias[0]).unsqueeze(0)
+        return affine_one(x[0], weight[0], None if bias is None else bias[0], below).unsqueeze(0)
     x = x.expand(len(weight), -1, -1)
     if bias is None:
         return torch.bmm(x, weight.mT)
     return torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
 
 
+def affine_one(x: Tensor, weight: Tensor, bias: Tensor | None, below: str) -> Tensor:
+    """Return x W^T + b, (B, in), (out, in), (out,) -> (B, out), without a ReLU's zeros if that is faster."""
+    sparse = find_sparse(below, x, len(weight))
+    return sparse.multiply(weight, bias) if sparse else product(x, weight.t(), bias)
+
+
 def forward_values(
     layers: Sequence[Sequence[Tensor]], kinds: Sequence[str], x: Tensor
 ) -> list[Tensor]:
     """Return ``x`` (rows, in) and the values of every layer (rows, out); a layer is its weight and, or not, bias."""
-    values = [x]
+    values, below = [x], "none"
     for (weight, *bias), kind in zip(layers, kinds, strict=True):
-        values.append(activate(kind, product(values[-1], weight.t(), *bias)))
+        z = affine_one(values[-1], weight, bias[0] if bias else None, below)
+        values.append(activate(kind, z))
+        below = kind
     return values
 
 
@@ -114,8 +124,15 @@ def compute_jacobians(
     """Return the outputs' Jacobian by every layer's Z, (rows, C, out); ``values`` of `forward_values`."""
     slopes = activate_backward(kinds[-1], torch.ones_like(values[-1]), values[-1])
     jacobians = [torch.diag_embed(slopes)]
+    masked: MaskedGradient | None = None
     for i in range(len(weights) - 1, 0, -1):
-        upstream = product(jacobians[0].flatten(0, 1), weights[i])
-        upstream = upstream.view(*jacobians[0].shape[:2], -1)
+        above, h = jacobians[0].transpose(0, 1), values[i].unsqueeze(0)
+        below = MaskedGradient.find(kinds[i - 1], above, weights[i], h, values[i - 1].shape[-1])
+        if masked:
+            upstream = masked.by_inputs(weights[i]).transpose(0, 1)
+        else:
+            upstream = product(jacobians[0].flatten(0, 1), weights[i])
+            upstream = upstream.view(*jacobians[0].shape[:2], -1)
+        masked = below
         jacobians.insert(0, activate_backward(kinds[i - 1], upstream, values[i].unsqueeze(1)))
     return jacobians

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from evoloss.engine.mask_products import encode_mask, is_worthwhile, multiply_mask
+from evoloss.engine.bit_masks import find_bits, find_column_bits
+from evoloss.engine.mask_products import Tiles, is_worthwhile, multiply_mask
 
 
 class MaskedGradient:
@@ -46,10 +47,10 @@ class MaskedGradient:
 
     def by_weight(self, inputs: Tensor) -> Tensor:
         """Return the gradient by the layer's weight (1, out, in) for its ``inputs`` (1, B, in)."""
-        mask = encode_mask(self._values)
-        return multiply_mask(mask, inputs[0], self._upstream, self._weight).unsqueeze(0)
+        bits = find_column_bits(self._values)
+        return multiply_mask(bits, inputs[0], self._upstream, self._weight).unsqueeze(0)
 
-    def by_inputs(self, weight: Tensor) -> Tensor:
+    def by_inputs(self, weight: Tensor | Tiles) -> Tensor:
         """Return the gradient by the layer's inputs (1, B, in) for its ``weight`` (out, in)."""
-        mask = encode_mask(self._values.t().contiguous())
-        return multiply_mask(mask, weight, self._weight, self._upstream).unsqueeze(0)
+        bits = find_bits(self._values)
+        return multiply_mask(bits, weight, self._weight, self._upstream).unsqueeze(0)

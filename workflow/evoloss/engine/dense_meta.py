@@ -5,15 +5,15 @@ R_l^T X_{l-1} to the weights of layer l: at most the batch's rank. So on the out
 
     Z_l = H_{l-1} W_l^T + b_l + K R_l,   K = H_{l-1} X_{l-1}^T + 1,   and backwards   G_l W_l + (G_l R_l^T) X_{l-1},
 
-W and b scaled by the weight decay: the only large products left are with the shared [W_l; X_{l-1}]. The Jacobian of the
-inner outputs by Z_l, J_l (B, C, out), is shared too: R_l is u J_l, and J g is the sum over layers of J_l . K^T G_l.
+W and b shrunk by the weight decay: the only large products left are with the shared W_l and X_{l-1}. The Jacobian of
+the inner outputs by Z_l, J_l (B, C, out), is shared too: R_l is u J_l, and J g is the sum over layers of J_l . K^T G_l.
 Where it is cheaper (few inputs or outputs) a layer's stepped weights are formed after all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,14 +24,17 @@ from evoloss.engine.dense_layers import (
     activate,
     activate_backward,
     affine,
+    affine_one,
     compute_jacobians,
     forward_values,
     read_layers,
 )
 from evoloss.engine.dense_masked import MaskedGradient
+from evoloss.engine.mask_products import Tiles, make_tiles
 from evoloss.engine.population_loss import PopulationLoss, TaskLoss
 from evoloss.engine.products import product, stacked_product
 from evoloss.engine.settings import TrainingSettings
+from evoloss.engine.sparse_products import Panels, SparseRows, is_worthwhile, pack_panels
 from evoloss.engine.streams import Batch
 from evoloss.engine.threads import map_on_threads
 from evoloss.tasks import Task
@@ -44,19 +47,36 @@ CHUNK_BYTES = 2**21
 class SharedLayer:
     """What all candidates share of a layer.
 
-    ``weight`` (out, in) and ``bias`` (out,) are scaled by the weight decay, ``inputs`` are X (B, in), ``jacobian`` is J
-    (B, C, out). ``joint`` is [weight; inputs] (out + B, in) of a layer below which there is another one and whose step
-    is kept as low rank. ``outer`` of the first layer: inputs (V, in), or Z without the step (V, out) and K (V, B).
+    ``weight`` (out, in) and ``bias`` (out,) are the initial ones, ``shrink`` is what the weight decay leaves of them.
+    ``inputs`` are X (B, in), ``jacobian`` is J (B, C, out). ``low_rank`` tells whether the step of a layer above
+    another one is kept so; above a ReLU ``panels`` then have its weight and its inputs, ``tiles`` the weight again.
+    ``outer`` of the first layer: inputs (V, in), or Z without the step (V, out) and K (V, B).
     """
 
     activation: str
     weight: Tensor
     bias: Tensor | None
+    shrink: float
     inputs: Tensor
     jacobian: Tensor
-    joint: Tensor | None
-    joint_bias: Tensor | None
-    outer: tuple[Tensor, ...]
+    low_rank: bool = False
+    panels: tuple[Panels, Panels] | None = None
+    tiles: Tiles | None = None
+    outer: tuple[Tensor, ...] = ()
+
+    def meet(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Return Z (k, V, out) at the initial parameters and K (k, V, B) for the inputs h (k, V, in)."""
+        rows = h.flatten(0, 1)
+        sparse = SparseRows.find(rows) if self.panels else None
+        if sparse and self.panels:
+            z = sparse.multiply(self.panels[0], self.bias)
+            gram = sparse.multiply(self.panels[1])
+        else:
+            z = product(rows, self.weight.t(), self.bias)
+            gram = product(rows, self.inputs.t())
+        if self.bias is not None:
+            gram += 1.0
+        return z.view(*h.shape[:2], -1), gram.view(*h.shape[:2], -1)
 
 
 @dataclass(frozen=True)
@@ -75,6 +95,7 @@ class DenseContext:
         tensors = [self.inner_outputs, self.inner_targets, self.outer_targets, self.outer_y]
         for layer in self.layers:
             tensors += [layer.weight, layer.inputs, layer.jacobian, *layer.outer]
+            tensors += [packed.values for packed in (*(layer.panels or ()), layer.tiles) if packed]
         return sum(tensor.nbytes for tensor in tensors)
 
 
@@ -92,43 +113,38 @@ def prepare_dense(
     shrink = 1.0 - settings.first_step_rate * settings.weight_decay
     shared = []
     for i, (weight, *bias) in enumerate(params):
-        shrunk = (
-            [weight, *bias] if shrink == 1.0 else [weight * shrink, *(b * shrink for b in bias)]
+        layer = SharedLayer(
+            kinds[i], weight, bias[0] if bias else None, shrink, values[i], jacobians[i]
         )
-        outer_x = outer.x.flatten(1) if i == 0 else None
-        shared.append(
-            _share_layer(kinds[i], shrunk, values[i], jacobians[i], outer_x, len(outer.x))
-        )
+        if i == 0:
+            shared.append(_share_first_layer(layer, outer.x.flatten(1)))
+        else:
+            shared.append(_share_layer(layer, kinds[i - 1], len(outer.x)))
     return DenseContext(
         values[-1].unsqueeze(0), tuple(shared), inner.targets, outer.targets, outer.y
     )
 
 
-def _share_layer(
-    activation: str,
-    params: Sequence[Tensor],
-    inputs: Tensor,
-    jacobian: Tensor,
-    outer_x: Tensor | None,
-    num_outer: int,
-) -> SharedLayer:
-    weight, bias = params[0], params[1] if len(params) > 1 else None
-    joint, joint_bias = None, None
-    (n_out, n_in), size = weight.shape, len(inputs)
-    if outer_x is not None:
-        outer: tuple[Tensor, ...] = (outer_x,)
-        if num_outer * size < n_in * (num_outer + size):
-            gram = product(outer_x, inputs.t())
-            outer = (product(outer_x, weight.t(), bias), gram if bias is None else gram + 1.0)
-    else:
-        outer = ()
-        # multiplications, in units of the number of outer rows
-        formed = n_in * n_out * (3 + 2 * size / num_outer)
-        if 2 * n_in * n_out + size * (2 * n_in + 3 * n_out) < formed:
-            joint = torch.cat([weight, inputs])
-            weight, inputs = joint[:n_out], joint[n_out:]
-            joint_bias = None if bias is None else torch.cat([bias, bias.new_ones(size)])
-    return SharedLayer(activation, weight, bias, inputs, jacobian, joint, joint_bias, outer)
+def _share_first_layer(layer: SharedLayer, outer_x: Tensor) -> SharedLayer:
+    """Return the layer with what is shared of its outer inputs (V, in)."""
+    num_outer, n_in, size = *outer_x.shape, len(layer.inputs)
+    if num_outer * size >= n_in * (num_outer + size):
+        return replace(layer, outer=(outer_x,))
+    z, gram = (part.squeeze(0) for part in layer.meet(outer_x.unsqueeze(0)))
+    return replace(layer, outer=(z * layer.shrink, gram))
+
+
+def _share_layer(layer: SharedLayer, below: str, num_outer: int) -> SharedLayer:
+    """Return a layer above one with the activation ``below`` in its cheaper form for so many outer rows."""
+    (n_out, n_in), size = layer.weight.shape, len(layer.inputs)
+    # multiplications, in units of the number of outer rows
+    formed = n_in * n_out * (3 + 2 * size / num_outer)
+    if 2 * n_in * n_out + size * (2 * n_in + 3 * n_out) >= formed:
+        return layer
+    if below != "relu" or not is_worthwhile(num_outer, n_in, n_out):
+        return replace(layer, low_rank=True)
+    panels = pack_panels(layer.weight), pack_panels(layer.inputs)
+    return replace(layer, low_rank=True, panels=panels, tiles=make_tiles(layer.weight))
 
 
 class _Step:
@@ -165,10 +181,14 @@ class _Step:
             return (tangents * self.jacobian.squeeze(1)).sum(-1, keepdim=True)
         return torch.bmm(self.jacobian, tangents.permute(1, 2, 0)).permute(2, 0, 1)
 
-    def correlate(self, upstream: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Return G R^T (k, V, B) and J . K^T G (k, B, C) for G (k, V, out) and K (k or 1, V, B)."""
+    def correlate(self, upstream: Tensor, k: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+        """Return G R^T (k, V, B) and J . K^T G (k, B, C) for G (k, V, out) and K (k or 1, V, B).
+
+        G is 0 where a ReLU's values are.
+        """
         if self.single:
-            shared = stacked_product(upstream, self.jacobian.permute(1, 2, 0))
+            rows, jacobian = upstream.flatten(0, 1), self.jacobian.squeeze(1)
+            shared = affine_one(rows, jacobian, None, activation).view(*upstream.shape[:2], -1)
             return shared * self.u.mT, (shared * k).sum(1).unsqueeze(-1)
         tangents = stacked_product(k.mT.expand(len(upstream), -1, -1), upstream)
         return stacked_product(upstream, self.rows.mT), self.contract(tangents)
@@ -184,20 +204,20 @@ def _step_through(
     weights: list[Tensor] = []
     for layer, step in zip(layers, steps, strict=True):
         h = values[-1] if values else layer.outer[0].unsqueeze(0)
-        num_out = len(layer.weight)
         if len(layer.outer) == 2:
             base, gram = layer.outer
             grams.append(gram.unsqueeze(0))
             z = step.mix(grams[-1]).add_(base)
-        elif layer.joint is not None:
-            both = product(h.flatten(0, 1), layer.joint.t(), layer.joint_bias)
-            both = both.view(*h.shape[:2], -1)
-            grams.append(both[..., num_out:])
-            z = step.mix(grams[-1]).add_(both[..., :num_out])
+        elif layer.low_rank:
+            z, gram = layer.meet(h)
+            grams.append(gram)
+            z = step.mix(gram).add_(z, alpha=layer.shrink)
         else:
             grams.append(h)
-            weights.append(step.weight_step(layer.inputs).add_(layer.weight))
-            bias = None if layer.bias is None else step.bias_step().add_(layer.bias)
+            weights.append(step.weight_step(layer.inputs).add_(layer.weight, alpha=layer.shrink))
+            bias = layer.bias
+            if bias is not None:
+                bias = step.bias_step().add_(bias, alpha=layer.shrink)
             z = affine(h, weights[-1], bias)
         values.append(activate(layer.activation, z))
     losses = task.compute_task_loss(values[-1], context.outer_y)
@@ -207,15 +227,17 @@ def _step_through(
     for i in reversed(range(len(layers))):
         layer, step = layers[i], steps[i]
         upstream = activate_backward(layer.activation, upstream, values[i])
-        if len(layer.outer) == 2 or layer.joint is not None:
-            residual, change = step.correlate(upstream, grams[i])
+        if len(layer.outer) == 2 or layer.low_rank:
+            residual, change = step.correlate(upstream, grams[i], layer.activation)
             direction += change
-            if layer.joint is not None and masked:
-                upstream = masked.by_inputs(layer.weight)
-                upstream += stacked_product(residual, layer.inputs.unsqueeze(0))
-            elif layer.joint is not None:
-                upstream = torch.cat([upstream, residual], -1)
-                upstream = stacked_product(upstream, layer.joint.unsqueeze(0))
+            if layer.low_rank:
+                upstream = (
+                    masked.by_inputs(layer.tiles or layer.weight)
+                    if masked
+                    else stacked_product(upstream, layer.weight.unsqueeze(0))
+                )
+                by_step = stacked_product(residual, layer.inputs.unsqueeze(0))
+                upstream = by_step.add_(upstream, alpha=layer.shrink)
             masked = None
             continue
         gradient = stacked_product(upstream.mT, grams[i])

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evoloss.engine import kernel_rows, row_vectors
+from evoloss.engine.bit_masks import BLOCK, Bits
 from evoloss.engine.kernel_rows import digest_sources
 from evoloss.engine.row_vectors import (
     I64,
@@ -33,12 +34,13 @@ from evoloss.engine.threads import map_on_threads
 
 BITS = 4
 ENTRIES = 2**BITS
+GROUPS = BLOCK // BITS
 TABLE_BYTES = 32 * 2**10
 """All tables that are in use at a time: of 128 terms on the longest vectors, of 256 or 512 on shorter ones.
 
 So the weight gradients of a batch of 128 samples take one pass: 0.93 of the time of two (AMD EPYC, Zen 4).
 """
-ROWS = 8
+ROWS = 4
 """Rows of the product that stay in registers while tables are added to them."""
 MIN_TERMS = 32
 """With fewer terms or rows a table is read too seldom for what it takes to make it."""
@@ -48,63 +50,76 @@ MIN_MULTIPLICATIONS = 2**20
 Array = NDArray[Any]
 
 
-@dataclass(frozen=True)
-class Mask:
-    """A matrix (rows, terms) of zeros and ones: ``codes`` (groups, rows) are the entries in the tables of a pass."""
-
-    codes: NDArray[np.uint16]
-    num_terms: int
-
-
 def is_worthwhile(rows: int, terms: int, columns: int) -> bool:
     """Tell whether `multiply_mask` is faster than a matrix product, (rows, terms) by (terms, columns)."""
     return min(rows, terms) >= MIN_TERMS and rows * terms * columns >= MIN_MULTIPLICATIONS
 
 
-def encode_mask(values: Tensor) -> Mask:
-    """Return the mask of a ReLU's values, transposed: (terms, rows) -> (rows, terms); 0 where the value is 0.
+@dataclass(frozen=True)
+class Tiles:
+    """A matrix (terms, columns) as `multiply_mask` reads it, for more than one product.
 
-    NaN counts as 1, as in torch's derivative of ReLU.
+    ``values`` (tiles, terms, columns of a tile): a vector's columns lie together, not on a page of memory per term.
     """
-    array = values.numpy()
-    terms, rows = array.shape
-    codes = np.zeros((-(-terms // BITS), rows), np.uint16)
-    lanes, passes = find_layout(array.dtype)
-    _encode(array, codes, lanes, passes)
-    return Mask(codes, terms)
+
+    values: Tensor
+    num_columns: int
 
 
-def multiply_mask(mask: Mask, matrix: Tensor, term_factors: Tensor, row_factors: Tensor) -> Tensor:
-    """Return diag(row_factors) mask diag(term_factors) matrix, (rows, columns).
+def make_tiles(matrix: Tensor) -> Tiles:
+    """Return a matrix (terms, columns) in tiles."""
+    terms, columns = matrix.shape
+    lanes, _ = find_layout(matrix.numpy().dtype)
+    whole, rest = divmod(columns, lanes)
+    values = matrix.new_empty(whole + (rest > 0), terms, lanes)
+    values[:whole] = matrix[:, : whole * lanes].reshape(terms, whole, lanes).transpose(0, 1)
+    if rest:
+        values[whole, :, rest:] = 0.0
+        values[whole, :, :rest] = matrix[:, whole * lanes :]
+    return Tiles(values, columns)
+
+
+def multiply_mask(
+    bits: Bits, matrix: Tensor | Tiles, term_factors: Tensor, row_factors: Tensor
+) -> Tensor:
+    """Return diag(row_factors) M diag(term_factors) matrix, (rows, columns), M a mask (rows, terms).
 
     Parameters
     ----------
-    mask : (rows, terms)
+    bits : (blocks of terms, rows), M as in `find_bits`
     matrix : (terms, columns), on the CPU
     term_factors, row_factors : (terms,), (rows,), of the same dtype as ``matrix``
     """
-    source, left, right = (t.contiguous().numpy() for t in (matrix, row_factors, term_factors))
-    rows, columns = mask.codes.shape[1], source.shape[1]
-    out = torch.empty(rows, columns, dtype=matrix.dtype)
+    left, right = (t.contiguous().numpy() for t in (row_factors, term_factors))
+    lanes, passes = find_layout(left.dtype)
+    if isinstance(matrix, Tiles):
+        source, columns, strides = matrix.values.numpy(), matrix.num_columns, (lanes, len(right))
+    else:
+        source, columns = matrix.contiguous().numpy(), matrix.shape[1]
+        strides = (columns, 1)
+    rows = bits.shape[1]
+    out = torch.empty(rows, columns, dtype=row_factors.dtype)
     target = out.numpy()
-    lanes, passes = find_layout(source.dtype)
     # threads share the columns, by whole vectors
     count, vectors = torch.get_num_threads(), -(-columns // lanes)
     edges = [min(columns, vectors * i // count * lanes) for i in range(count + 1)]
     shares = [(first, end) for first, end in itertools.pairwise(edges) if first < end]
     multiply = _compile()
 
-    def work(table: Array, share: tuple[int, int]) -> None:
-        multiply(mask.codes, source, right, left, target, table, passes, *share)
+    def make_rooms() -> tuple[Array, Array]:
+        return _make_table(left.dtype), np.empty(rows * lanes, left.dtype)
 
-    map_on_threads(lambda: _make_table(source.dtype), work, shares)
+    def work(rooms: tuple[Array, Array], share: tuple[int, int]) -> None:
+        multiply(bits, source.reshape(-1), *strides, right, left, target, *rooms, passes, *share)
+
+    map_on_threads(make_rooms, work, shares)
     return out
 
 
 def find_layout(dtype: np.dtype[Any]) -> tuple[int, int]:
-    """Return the elements of a vector, and how many groups' tables are in use at a time."""
+    """Return the elements of a vector, and how many blocks' tables are in use at a time."""
     num_bytes, _ = find_registers()
-    return num_bytes // dtype.itemsize, TABLE_BYTES // (ENTRIES * num_bytes)
+    return num_bytes // dtype.itemsize, TABLE_BYTES // (GROUPS * ENTRIES * num_bytes)
 
 
 def _make_table(dtype: np.dtype[Any]) -> Array:
@@ -114,37 +129,27 @@ def _make_table(dtype: np.dtype[Any]) -> Array:
     return room[first : first + TABLE_BYTES].view(dtype)
 
 
-@product_kernel
-def _encode(values, codes, lanes, passes):  # type: ignore[no-untyped-def]
-    terms, rows = values.shape
-    zero = values.dtype.type(0)
-    for term in range(terms):
-        group = term // BITS
-        bit = lanes << (term % BITS)
-        base = group % passes * ENTRIES * lanes if term % BITS == 0 else 0
-        for r in range(rows):
-            codes[group, r] += base + (0 if values[term, r] <= zero else bit)
-
-
 def _make_table_function(num_bytes: int) -> Callable[..., None]:
     """Return the function that writes the sums of all subsets of `BITS` terms, for one vector of columns."""
 
     @intrinsic
     def write_entries(  # type: ignore[no-untyped-def]
-        typing, table, place, source, first, end, column, stride, factors, rest
+        typing, table, place, source, start, stride, ahead, first, end, factors, rest
     ):
         def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
             build = VectorBuilder(context, builder, signature, arguments, num_bytes)
-            table, source, factors = (build.find(i) for i in (0, 2, 7))
-            place, first, end, column, stride, rest = (arguments[i] for i in (1, 3, 4, 5, 6, 8))
+            table, source, factors = (build.find(i) for i in (0, 2, 8))
+            place, start, stride, ahead, first, end, rest = (
+                arguments[i] for i in (1, 3, 4, 5, 6, 7, 9)
+            )
             mask = build.make_mask(rest)
             sums = [build.zero]
             for k in range(BITS):
-                # no code has the bit of a term after the last one
+                # no row has the bit of a term after the last one
                 term = build.find_least(builder.add(first, I64(k)), builder.sub(end, I64(1)))
-                offset = builder.add(builder.mul(term, stride), column)
+                offset = builder.add(builder.mul(term, stride), start)
                 # the next vector of columns is a cache line of every row
-                build.prefetch(source, builder.add(offset, I64(build.lanes)))
+                build.prefetch(source, builder.add(offset, ahead))
                 value = builder.fmul(
                     build.load(source, offset, mask), build.spread(build.read(factors, term))
                 )
@@ -153,7 +158,7 @@ def _make_table_function(num_bytes: int) -> Callable[..., None]:
                 build.store(total, table, builder.add(place, I64(entry * build.lanes)))
             return context.get_dummy_value()
 
-        arguments = (table, place, source, first, end, column, stride, factors, rest)
+        arguments = (table, place, source, start, stride, ahead, first, end, factors, rest)
         return types.void(*arguments), generate
 
     return write_entries
@@ -162,23 +167,35 @@ def _make_table_function(num_bytes: int) -> Callable[..., None]:
 def _make_block(num_rows: int, num_bytes: int) -> Callable[..., None]:
     """Return the function that adds the tables' entries to ``num_rows`` rows, for one vector of columns.
 
-    Rows are 0 before the first pass, and multiplied with their factors after the last one.
+    Between passes the rows' sums stand in ``sums``; after the last one they are multiplied with their factors.
     """
 
     @intrinsic
     def add_entries(  # type: ignore[no-untyped-def]
-        typing, table, codes, group, count, row, target, column, factors, is_first, is_last, rest
+        typing,
+        table,
+        bits,
+        block,
+        count,
+        row,
+        sums,
+        target,
+        column,
+        factors,
+        is_first,
+        is_last,
+        rest,
     ):
         def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
             build = VectorBuilder(context, builder, signature, arguments, num_bytes)
-            table, codes, target, factors = (build.find(i) for i in (0, 1, 5, 7))
-            group, count, row, column, is_first, is_last, rest = (
-                arguments[i] for i in (2, 3, 4, 6, 8, 9, 10)
+            table, bits, sums, target, factors = (build.find(i) for i in (0, 1, 5, 6, 8))
+            block, count, row, column, is_first, is_last, rest = (
+                arguments[i] for i in (2, 3, 4, 7, 9, 10, 11)
             )
-            mask = build.make_mask(rest)
-            columns = builder.extract_value(target.shape, 1)
-            num_codes = builder.extract_value(codes.shape, 1)
+            num_rows_in_all = builder.extract_value(bits.shape, 1)
             rows = [builder.add(row, I64(i)) for i in range(num_rows)]
+            stands = [builder.mul(row, I64(build.lanes)) for row in rows]
+            columns = builder.extract_value(target.shape, 1)
             outs = [builder.add(builder.mul(row, columns), column) for row in rows]
             names = ("fresh", "standing", "loop", "end", "factor", "plain", "done")
             fresh, standing, loop, end, factor, plain, done = (
@@ -190,42 +207,48 @@ def _make_block(num_rows: int, num_bytes: int) -> Callable[..., None]:
                 build.prefetch(target, builder.add(out, I64(build.lanes)), for_writing=True)
             builder.branch(loop)
             builder.position_at_end(standing)
-            before = [build.load(target, out, mask) for out in outs]
+            before = [build.load(sums, stand) for stand in stands]
             builder.branch(loop)
             builder.position_at_end(loop)
             number = builder.phi(I64)
-            sums = [builder.phi(build.kind) for _ in rows]
+            totals = [builder.phi(build.kind) for _ in rows]
             number.add_incoming(I64(0), fresh)
             number.add_incoming(I64(0), standing)
-            for total, value in zip(sums, before, strict=True):
+            for total, value in zip(totals, before, strict=True):
                 total.add_incoming(build.zero, fresh)
                 total.add_incoming(value, standing)
-            place = builder.mul(builder.add(group, number), num_codes)
-            totals = []
-            for row, total in zip(rows, sums, strict=True):
-                code = builder.zext(build.read(codes, builder.add(place, row)), I64)
-                totals.append(builder.fadd(total, build.load(table, code)))
+            line = builder.mul(builder.add(block, number), num_rows_in_all)
+            words = [build.read(bits, builder.add(line, row)) for row in rows]
+            place = builder.mul(number, I64(GROUPS * ENTRIES * build.lanes))
+            after = list(totals)
+            for group in range(GROUPS):
+                first = builder.add(place, I64(group * ENTRIES * build.lanes))
+                for i, word in enumerate(words):
+                    code = builder.and_(builder.lshr(word, I64(group * BITS)), I64(ENTRIES - 1))
+                    entry = builder.add(first, builder.mul(code, I64(build.lanes)))
+                    after[i] = builder.fadd(after[i], build.load(table, entry))
             following = builder.add(number, I64(1))
             number.add_incoming(following, loop)
-            for total, value in zip(sums, totals, strict=True):
+            for total, value in zip(totals, after, strict=True):
                 total.add_incoming(value, loop)
             builder.cbranch(builder.icmp_signed("<", following, count), loop, end)
             builder.position_at_end(end)
             builder.cbranch(is_last, factor, plain)
             builder.position_at_end(factor)
-            for row, out, total in zip(rows, outs, totals, strict=True):
+            mask = build.make_mask(rest)
+            for row, out, total in zip(rows, outs, after, strict=True):
                 times = build.spread(build.read(factors, row))
                 build.store(builder.fmul(total, times), target, out, mask)
             builder.branch(done)
             builder.position_at_end(plain)
-            for out, total in zip(outs, totals, strict=True):
-                build.store(total, target, out, mask)
+            for stand, total in zip(stands, after, strict=True):
+                build.store(total, sums, stand)
             builder.branch(done)
             builder.position_at_end(done)
             return context.get_dummy_value()
 
         arguments = (
-            table, codes, group, count, row, target, column, factors, is_first, is_last, rest
+            table, bits, block, count, row, sums, target, column, factors, is_first, is_last, rest
         )  # fmt: skip
         return types.void(*arguments), generate
 
@@ -239,31 +262,33 @@ def make_mask_product(num_bytes: int) -> Callable[..., None]:
 
     @row_function
     def multiply(  # type: ignore[no-untyped-def]
-        codes, source, term_factors, row_factors, target, table, passes, first_column, end_column
-    ):
-        groups, rows = codes.shape
-        terms, stride = source.shape
+        bits, source, stride, column_stride, term_factors, row_factors,
+        target, table, sums, passes, first_column, end_column,
+    ):  # fmt: skip
+        blocks, rows = bits.shape
+        terms = term_factors.size
         lanes = num_bytes // source.itemsize
         for column in range(first_column, end_column, lanes):
             rest = end_column - column
-            for group in range(0, groups, passes):
-                count = min(passes, groups - group)
-                for g in range(count):
+            for block in range(0, blocks, passes):
+                count = min(passes, blocks - block)
+                for g in range(count * GROUPS):
                     write_entries(
-                        table, g * ENTRIES * lanes, source, (group + g) * BITS, terms,
-                        column, stride, term_factors, rest,
+                        table, g * ENTRIES * lanes, source, column * column_stride, stride,
+                        lanes * column_stride, (block * GROUPS + g) * BITS, terms,
+                        term_factors, rest,
                     )  # fmt: skip
-                is_first, is_last = group == 0, group + passes >= groups
+                is_first, is_last = block == 0, block + passes >= blocks
                 row = 0
                 while row + ROWS <= rows:
                     add_many(
-                        table, codes, group, count, row, target,
+                        table, bits, block, count, row, sums, target,
                         column, row_factors, is_first, is_last, rest,
                     )  # fmt: skip
                     row += ROWS
                 while row < rows:
                     add_one(
-                        table, codes, group, count, row, target,
+                        table, bits, block, count, row, sums, target,
                         column, row_factors, is_first, is_last, rest,
                     )  # fmt: skip
                     row += 1
@@ -281,19 +306,13 @@ def _compile() -> Callable[..., None]:
 
     @product_kernel
     def multiply(  # type: ignore[no-untyped-def]
-        codes, source, term_factors, row_factors, target, table, passes, first_column, end_column
-    ):
+        bits, source, stride, column_stride, term_factors, row_factors,
+        target, table, sums, passes, first_column, end_column,
+    ):  # fmt: skip
         _ = digest
         _multiply_columns(
-            codes,
-            source,
-            term_factors,
-            row_factors,
-            target,
-            table,
-            passes,
-            first_column,
-            end_column,
-        )
+            bits, source, stride, column_stride, term_factors, row_factors,
+            target, table, sums, passes, first_column, end_column,
+        )  # fmt: skip
 
     return multiply
