@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evoloss.engine.bit_masks import BLOCK, find_column_bits
+from evoloss.engine.bit_masks import BLOCK, Bits, find_column_bits
 from evoloss.engine.mask_products import (
     BITS,
     ENTRIES,
@@ -18,9 +18,9 @@ from evoloss.engine.mask_products import (
     ROWS,
     find_layout,
     make_mask_product,
-    make_tiles,
     multiply_mask,
 )
+from evoloss.engine.tiles import Tiles, as_matrix, make_tiles
 
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-13}
 
@@ -31,6 +31,10 @@ def draw(seed: int, rows: int, terms: int, columns: int, dtype: torch.dtype) -> 
     shapes = ((terms, rows), (terms, columns), (terms,), (rows,))
     values, *others = (torch.randn(s, generator=generator, dtype=dtype) for s in shapes)
     return [values.relu(), *others]
+
+
+def multiply(bits: Bits, matrix: torch.Tensor | Tiles, *factors: torch.Tensor) -> torch.Tensor:
+    return as_matrix(multiply_mask(bits, matrix, *factors))
 
 
 def multiply_plainly(
@@ -52,19 +56,22 @@ def test_it_is_a_matrix_product(
     rows: int, terms: int, columns: int, dtype: torch.dtype, seed: int
 ) -> None:
     values, matrix, right, left = draw(seed, rows, terms, columns, dtype)
-    found = multiply_mask(find_column_bits(values), matrix, right, left)
+    bits = find_column_bits(values)
+    found = multiply(bits, matrix, right, left)
     expected = multiply_plainly(values, matrix, right, left)
     tolerance = TOLERANCES[dtype] * terms
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
-    tiles = make_tiles(matrix)
-    assert torch.equal(multiply_mask(find_column_bits(values), tiles, right, left), found)
+    for form in (matrix, make_tiles(matrix)):
+        tiles = multiply_mask(bits, form, right, left, tiled=True)
+        assert torch.equal(tiles.values, make_tiles(found).values)
+        assert torch.equal(multiply(bits, form, right, left), found)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_more_groups_than_tables_in_use(dtype: torch.dtype) -> None:
     """The sums of one pass stand in memory until the next one."""
     values, matrix, right, left = draw(0, 13, 1001, 37, dtype)
-    found = multiply_mask(find_column_bits(values), matrix, right, left)
+    found = multiply(find_column_bits(values), matrix, right, left)
     expected = multiply_plainly(values, matrix, right, left)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e3 * TOLERANCES[dtype])
 
@@ -78,11 +85,11 @@ def test_vectors_of_any_length(num_bytes: int) -> None:
     table = np.full(passes * GROUPS * ENTRIES * lanes, np.nan)
     sums = np.full(rows * lanes, np.nan)
     found = np.full((rows, columns), np.nan)
-    multiply = make_mask_product(num_bytes)
+    add_up = make_mask_product(num_bytes)
     for first, end in ((0, 16), (16, columns)):
-        multiply(
-            bits, matrix.numpy().reshape(-1), columns, 1, right.numpy(), left.numpy(),
-            found, table, sums, passes, first, end,
+        add_up(
+            bits, matrix.numpy().reshape(-1), columns, columns, right.numpy(), left.numpy(),
+            found.reshape(-1), columns, table, sums, passes, first, end,
         )  # fmt: skip
     expected = multiply_plainly(values, matrix, right, left)
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-12)
@@ -91,11 +98,11 @@ def test_vectors_of_any_length(num_bytes: int) -> None:
 def test_threads_give_the_same() -> None:
     values, matrix, right, left = draw(2, 40, 90, 101, torch.float32)
     bits = find_column_bits(values)
-    expected = multiply_mask(bits, matrix, right, left)
+    expected = multiply(bits, matrix, right, left)
     try:
         for count in (2, 3, 8):
             torch.set_num_threads(count)
-            assert torch.equal(multiply_mask(bits, matrix, right, left), expected)
+            assert torch.equal(multiply(bits, matrix, right, left), expected)
     finally:
         torch.set_num_threads(1)
 
@@ -106,11 +113,11 @@ def test_what_is_not_finite_goes_through_active_units_alone() -> None:
     values[4] = 0.0
     values[4, 2], values[7, 5] = 1.0, torch.nan
     matrix[4] = torch.inf
-    found = multiply_mask(find_column_bits(values), matrix, right, left)
+    found = multiply(find_column_bits(values), matrix, right, left)
     assert not torch.isfinite(found[2]).any()
     assert torch.isfinite(found[[0, 1, 3, 4, 5, 6, 7, 8]]).all()
     matrix[7] = torch.nan
-    assert multiply_mask(find_column_bits(values), matrix, right, left)[5].isnan().all()
+    assert multiply(find_column_bits(values), matrix, right, left)[5].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

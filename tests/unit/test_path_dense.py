@@ -212,6 +212,8 @@ def test_one_output_above_a_relu_is_trained_by_masks(monkeypatch: pytest.MonkeyP
         state = path.start([model, model])
         if stack_size == 1:
             assert [len(stack) for stack in state] == [1, 1]
+        tiled = [stack.params[2].dim() == 4 for stack in state]
+        assert tiled == [expected == 2] * len(state)
         path.advance(state, loss, task.train.x, targets, draw_batches(60, 16, 1, 1))
         assert counts["products"] == expected * (2 // stack_size)
     counts["products"] = 0
@@ -222,6 +224,28 @@ def test_one_output_above_a_relu_is_trained_by_masks(monkeypatch: pytest.MonkeyP
     assert counts["products"] == 1
     path.meta_gradients(context, make_loss(task, 1))
     assert counts["products"] == 2
+
+
+@pytest.mark.usefixtures("masks_everywhere")
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_layers_with_few_zeros_are_trained_alike(
+    share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever share of a layer's values may be other than 0 for the zeros to be left out."""
+    monkeypatch.setattr("evoloss.engine.sparse_products.MAX_SHARE", share)
+    task = make_task("one output")
+    loss, model = make_loss(task), make_network("rectified", 1)
+    expected = train(GeneralPath(task, model, PLAIN), task, loss, [model] * loss.size)
+    path = DensePath(task, model, PLAIN)
+    path.stack_size = 1
+    found = train(path, task, loss, [model] * loss.size)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    batches = take(task, task.train, 16), take(task, task.validation, 16)
+    values, gradient = path.meta_gradients(path.prepare(model, *batches), loss)
+    general = GeneralPath(task, model, PLAIN)
+    others = general.meta_gradients(general.prepare(model, *batches), loss)
+    torch.testing.assert_close(values, others[0])
+    np.testing.assert_allclose(gradient, others[1], rtol=1e-9)
 
 
 def test_large_layers_alone_are_trained_by_masks() -> None:

@@ -16,8 +16,8 @@ from evoloss.engine.sparse_products import (
     find_sparse,
     is_worthwhile,
     make_sparse_product,
-    pack_panels,
 )
+from evoloss.engine.tiles import make_tiles
 
 TOLERANCES = {torch.float32: 1e-6, torch.float64: 1e-14}
 
@@ -49,7 +49,7 @@ def test_it_is_a_matrix_product(
 ) -> None:
     values, weight, bias = draw(seed, rows, terms, outputs, dtype)
     expected = values @ weight.t() + (bias if has_bias else 0.0)
-    for form in (weight, pack_panels(weight), weight.t().contiguous().t()):
+    for form in (weight, make_tiles(weight), weight.t().contiguous().t()):
         found = make_sparse(values).multiply(form, bias if has_bias else None)
         tolerance = TOLERANCES[dtype] * terms
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
@@ -66,7 +66,7 @@ def test_nothing_or_everything_is_0(share: float, dtype: torch.dtype) -> None:
 
 def test_more_rows_than_are_summed_up_at_a_time() -> None:
     values, weight, bias = draw(1, ROWS + 3, 70, 20, torch.float64)
-    for form in (weight, pack_panels(weight)):
+    for form in (weight, make_tiles(weight)):
         found = make_sparse(values).multiply(form, bias)
         torch.testing.assert_close(found, values @ weight.t() + bias)
 
@@ -77,31 +77,26 @@ def test_vectors_of_any_length(num_bytes: int) -> None:
     rows, terms, outputs = 11, 2 * BLOCK + 5, 3 * VECTORS * num_bytes // 8 - 7
     values, weight, bias = (t.numpy() for t in draw(2, rows, terms, outputs, torch.float64))
     bits = find_bits(torch.from_numpy(values))
-    lanes = num_bytes // 8
-    width = VECTORS * lanes
-    packed = np.full(3 * -(-terms // lanes) * lanes * width, np.nan)
-    sums = np.full((rows, width), np.nan)
-    pack, multiply = make_sparse_product(num_bytes)
-    pack(weight, packed, 0, 2)
-    pack(weight, packed, 2, 3)
-    expected = values @ weight.T + bias
-    for plain, panels in ((weight, np.full(BLOCK * width, np.nan)), (weight[:0], packed)):
+    tiles = make_tiles(torch.from_numpy(weight)).values.numpy()
+    multiply, width = make_sparse_product(num_bytes), VECTORS * num_bytes // 8
+    panel, sums = np.full(BLOCK * width, np.nan), np.full((rows, width), np.nan)
+    for form, columns in ((weight, terms), (tiles, tiles.shape[2])):
         found = np.full((rows, outputs), np.nan)
         for first, end in ((0, 1), (1, 3)):
-            multiply(values, bits, plain, panels, sums, bias, found, first, end)
-        np.testing.assert_allclose(found, expected, atol=1e-12)
+            multiply(values, bits, form.reshape(-1), columns, panel, sums, bias, found, first, end)
+        np.testing.assert_allclose(found, values @ weight.T + bias, atol=1e-12)
 
 
 def test_threads_give_the_same() -> None:
     values, weight, bias = draw(3, 40, 90, 700, torch.float32)
-    sparse, panels = make_sparse(values), pack_panels(weight)
+    sparse, tiles = make_sparse(values), make_tiles(weight)
     expected = sparse.multiply(weight, bias)
-    assert torch.equal(sparse.multiply(panels, bias), expected)
+    assert torch.equal(sparse.multiply(tiles, bias), expected)
     try:
         for count in (2, 3, 8):
             torch.set_num_threads(count)
             assert torch.equal(sparse.multiply(weight, bias), expected)
-            assert torch.equal(pack_panels(weight).values, panels.values)
+            assert torch.equal(sparse.multiply(tiles, bias), expected)
     finally:
         torch.set_num_threads(1)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.3.2"
+__version__ = "0.3.3"
 __all__ = ["__version__", "load"]
 
 if TYPE_CHECKING:

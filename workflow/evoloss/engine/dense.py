@@ -16,7 +16,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from evoloss.engine.dense_layers import activate, activate_backward, affine, read_layers
+from evoloss.engine.dense_layers import (
+    activate,
+    activate_backward,
+    affine,
+    find_tiled,
+    is_tiled,
+    read_layers,
+    read_weight,
+)
 from evoloss.engine.dense_linearised import linearise_dense
 from evoloss.engine.dense_masked import MaskedGradient
 from evoloss.engine.dense_meta import DenseContext, dense_meta_gradients, prepare_dense
@@ -28,6 +36,7 @@ from evoloss.engine.products import stacked_product
 from evoloss.engine.settings import TrainingSettings
 from evoloss.engine.streams import Batch
 from evoloss.engine.threads import map_on_threads
+from evoloss.engine.tiles import make_tiles
 from evoloss.tasks import Task
 
 STACK_BYTES = 2**23
@@ -103,6 +112,8 @@ class DensePath:
         activations = 2 * settings.batch_size * sum(layer.linear.out_features for layer in layers)
         size = (state + activations) * torch.finfo(settings.dtype).bits // 8
         self.stack_size = max(1, STACK_BYTES // size)
+        rows = min(settings.batch_size, len(task.train.y))
+        self.tiled = find_tiled(layers, rows)
 
     @classmethod
     def find_obstacle(cls, task: Task, model: nn.Module, settings: TrainingSettings) -> str | None:
@@ -127,6 +138,9 @@ class DensePath:
         place = {key: i for i, key in enumerate(distinct)}
         params = zip(*(self._params(model) for model in distinct.values()), strict=True)
         initial = [torch.stack(tensors) for tensors in params]
+        if self.tiled is not None and self.stack_size == 1:
+            weights = [make_tiles(weight).values for weight in initial[self.tiled]]
+            initial[self.tiled] = torch.stack(weights)
         chosen = [place[id(model)] for model in models]
         # an index copies: no network shares memory with another or with its model
         return [
@@ -203,15 +217,20 @@ class DensePath:
                 left.pop()
                 gradients.append(upstream.sum(1))
             weight = left.pop()
-            gradients.append(
-                masked.by_weight(values[i]) if masked else stacked_product(upstream.mT, values[i])
-            )
+            if masked:
+                gradients.append(masked.by_weight(values[i], weight))
+            else:
+                gradients.append(stacked_product(upstream.mT, values[i]))
             if i:
                 kind, num_inputs = self.activations[i - 1], values[i - 1].shape[-1]
-                below = MaskedGradient.find(kind, upstream, weight, values[i], num_inputs)
-                upstream = (
-                    masked.by_inputs(weight[0]) if masked else stacked_product(upstream, weight)
-                )
+                if is_tiled(left[-1 - self.has_bias[i - 1]]):
+                    below: MaskedGradient | None = MaskedGradient(upstream, weight, values[i])
+                else:
+                    below = MaskedGradient.find(kind, upstream, weight, values[i], num_inputs)
+                if masked:
+                    upstream = masked.by_inputs(read_weight(weight, values[i].shape[-1]))
+                else:
+                    upstream = stacked_product(upstream, weight)
                 masked = below
         return gradients[::-1]
 

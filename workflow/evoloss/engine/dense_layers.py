@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evoloss.engine.dense_masked import MaskedGradient
+from evoloss.engine.dense_masked import MaskedGradient, is_masked
 from evoloss.engine.products import product
-from evoloss.engine.sparse_products import find_sparse
+from evoloss.engine.sparse_products import find_sparse, is_worthwhile
+from evoloss.engine.tiles import Tiles, as_matrix, as_tiles
 
 ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
 
@@ -91,19 +92,54 @@ def activate_backward(kind: str, upstream: Tensor, h: Tensor) -> Tensor:
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None, below: str = "none") -> Tensor:
-    """Return x W^T + b, (k or 1, B, in), (k, out, in), (k, out) -> (k, B, out); ``below``: the activation of x."""
+    """Return x W^T + b, (k or 1, B, in), (k, out, in), (k, out) -> (k, B, out); ``below``: the activation of x.
+
+    A single network's weight may be in tiles, (1, tiles, out, width).
+    """
     if len(weight) == 1:
-        return affine_one(x[0], weight[0], None if bias is None else bias[0], below).unsqueeze(0)
+        only = read_weight(weight, x.shape[-1])
+        return affine_one(x[0], only, None if bias is None else bias[0], below).unsqueeze(0)
     x = x.expand(len(weight), -1, -1)
     if bias is None:
         return torch.bmm(x, weight.mT)
     return torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
 
 
-def affine_one(x: Tensor, weight: Tensor, bias: Tensor | None, below: str) -> Tensor:
+def is_tiled(weight: Tensor) -> bool:
+    """Tell whether a weight is in tiles, (k, tiles, out, width), not (k, out, in)."""
+    return weight.dim() == 4
+
+
+def read_weight(weight: Tensor, num_inputs: int) -> Tensor | Tiles:
+    """Return a single network's weight without its first dimension."""
+    return Tiles(weight[0], num_inputs) if is_tiled(weight) else weight[0]
+
+
+def find_tiled(layers: Sequence[DenseLayer], rows: int) -> int | None:
+    """Return the place among all parameters of the weight that is best kept in tiles, or None.
+
+    It is the one between two ReLUs, below a single output, whose products with ``rows`` rows leave out the zeros or are
+    those of masks: both read tiles faster.
+    """
+    if len(layers) < 3:
+        return None
+    below, layer, last = layers[-3:]
+    num_outputs, (units, inputs) = last.linear.out_features, layer.linear.weight.shape
+    if (
+        below.activation == "relu"
+        and is_worthwhile(rows, inputs, units)
+        and is_masked(layer.activation, num_outputs, rows, units, inputs)
+    ):
+        return sum(len(others.params) for others in layers[:-2])
+    return None
+
+
+def affine_one(x: Tensor, weight: Tensor | Tiles, bias: Tensor | None, below: str) -> Tensor:
     """Return x W^T + b, (B, in), (out, in), (out,) -> (B, out), without a ReLU's zeros if that is faster."""
-    sparse = find_sparse(below, x, len(weight))
-    return sparse.multiply(weight, bias) if sparse else product(x, weight.t(), bias)
+    sparse = find_sparse(below, x, as_tiles(weight).num_rows)
+    if sparse:
+        return sparse.multiply(weight, bias)
+    return product(x, as_matrix(weight).t(), bias)
 
 
 def forward_values(

@@ -10,7 +10,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from evoloss.engine.bit_masks import find_bits, find_column_bits
-from evoloss.engine.mask_products import Tiles, is_worthwhile, multiply_mask
+from evoloss.engine.mask_products import is_worthwhile, multiply_mask
+from evoloss.engine.tiles import Tiles
+
+
+def is_masked(activation: str, num_outputs: int, rows: int, units: int, num_inputs: int) -> bool:
+    """Tell whether the layer below the output, of so many units and inputs, is of this kind and large."""
+    return activation == "relu" and num_outputs == 1 and is_worthwhile(rows, units, num_inputs)
 
 
 class MaskedGradient:
@@ -35,22 +41,19 @@ class MaskedGradient:
     def find(
         cls, activation: str, upstream: Tensor, weight: Tensor, values: Tensor, num_inputs: int
     ) -> MaskedGradient | None:
-        """Return it if the layer below the output, of ``num_inputs`` inputs, is of this kind and large; else None."""
+        """Return it if the layer below the output, of ``num_inputs`` inputs, `is_masked`, of one network; else None."""
         (networks, rows, outputs), units = upstream.shape, weight.shape[-1]
-        if (
-            activation == "relu"
-            and networks == outputs == 1
-            and is_worthwhile(rows, units, num_inputs)
-        ):
+        if networks == 1 and is_masked(activation, outputs, rows, units, num_inputs):
             return cls(upstream, weight, values)
         return None
 
-    def by_weight(self, inputs: Tensor) -> Tensor:
-        """Return the gradient by the layer's weight (1, out, in) for its ``inputs`` (1, B, in)."""
-        bits = find_column_bits(self._values)
-        return multiply_mask(bits, inputs[0], self._upstream, self._weight).unsqueeze(0)
+    def by_weight(self, inputs: Tensor, weight: Tensor) -> Tensor:
+        """Return the gradient by the layer's ``weight``, as that is in tiles or not, for its ``inputs`` (1, B, in)."""
+        bits, tiled = find_column_bits(self._values), weight.dim() == 4
+        tiles = multiply_mask(bits, inputs[0], self._upstream, self._weight, tiled)
+        return tiles.values.view_as(weight)
 
     def by_inputs(self, weight: Tensor | Tiles) -> Tensor:
         """Return the gradient by the layer's inputs (1, B, in) for its ``weight`` (out, in)."""
         bits = find_bits(self._values)
-        return multiply_mask(bits, weight, self._weight, self._upstream).unsqueeze(0)
+        return multiply_mask(bits, weight, self._weight, self._upstream).values

@@ -30,13 +30,13 @@ from evoloss.engine.dense_layers import (
     read_layers,
 )
 from evoloss.engine.dense_masked import MaskedGradient
-from evoloss.engine.mask_products import Tiles, make_tiles
 from evoloss.engine.population_loss import PopulationLoss, TaskLoss
 from evoloss.engine.products import product, stacked_product
 from evoloss.engine.settings import TrainingSettings
-from evoloss.engine.sparse_products import Panels, SparseRows, is_worthwhile, pack_panels
+from evoloss.engine.sparse_products import SparseRows, is_worthwhile
 from evoloss.engine.streams import Batch
 from evoloss.engine.threads import map_on_threads
+from evoloss.engine.tiles import Tiles, make_tiles
 from evoloss.tasks import Task
 
 CHUNK_BYTES = 2**21
@@ -49,8 +49,8 @@ class SharedLayer:
 
     ``weight`` (out, in) and ``bias`` (out,) are the initial ones, ``shrink`` is what the weight decay leaves of them.
     ``inputs`` are X (B, in), ``jacobian`` is J (B, C, out). ``low_rank`` tells whether the step of a layer above
-    another one is kept so; above a ReLU ``panels`` then have its weight and its inputs, ``tiles`` the weight again.
-    ``outer`` of the first layer: inputs (V, in), or Z without the step (V, out) and K (V, B).
+    another one is kept so; above a ReLU ``tiles`` then have its weight and its inputs again. ``outer`` of the first
+    layer: inputs (V, in), or Z without the step (V, out) and K (V, B).
     """
 
     activation: str
@@ -60,17 +60,16 @@ class SharedLayer:
     inputs: Tensor
     jacobian: Tensor
     low_rank: bool = False
-    panels: tuple[Panels, Panels] | None = None
-    tiles: Tiles | None = None
+    tiles: tuple[Tiles, Tiles] | None = None
     outer: tuple[Tensor, ...] = ()
 
     def meet(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Return Z (k, V, out) at the initial parameters and K (k, V, B) for the inputs h (k, V, in)."""
         rows = h.flatten(0, 1)
-        sparse = SparseRows.find(rows) if self.panels else None
-        if sparse and self.panels:
-            z = sparse.multiply(self.panels[0], self.bias)
-            gram = sparse.multiply(self.panels[1])
+        sparse = SparseRows.find(rows) if self.tiles else None
+        if sparse and self.tiles:
+            z = sparse.multiply(self.tiles[0], self.bias)
+            gram = sparse.multiply(self.tiles[1])
         else:
             z = product(rows, self.weight.t(), self.bias)
             gram = product(rows, self.inputs.t())
@@ -95,7 +94,7 @@ class DenseContext:
         tensors = [self.inner_outputs, self.inner_targets, self.outer_targets, self.outer_y]
         for layer in self.layers:
             tensors += [layer.weight, layer.inputs, layer.jacobian, *layer.outer]
-            tensors += [packed.values for packed in (*(layer.panels or ()), layer.tiles) if packed]
+            tensors += [tiles.values for tiles in layer.tiles or ()]
         return sum(tensor.nbytes for tensor in tensors)
 
 
@@ -143,8 +142,7 @@ def _share_layer(layer: SharedLayer, below: str, num_outer: int) -> SharedLayer:
         return layer
     if below != "relu" or not is_worthwhile(num_outer, n_in, n_out):
         return replace(layer, low_rank=True)
-    panels = pack_panels(layer.weight), pack_panels(layer.inputs)
-    return replace(layer, low_rank=True, panels=panels, tiles=make_tiles(layer.weight))
+    return replace(layer, low_rank=True, tiles=(make_tiles(layer.weight), make_tiles(layer.inputs)))
 
 
 class _Step:
@@ -232,7 +230,7 @@ def _step_through(
             direction += change
             if layer.low_rank:
                 upstream = (
-                    masked.by_inputs(layer.tiles or layer.weight)
+                    masked.by_inputs(layer.tiles[0] if layer.tiles else layer.weight)
                     if masked
                     else stacked_product(upstream, layer.weight.unsqueeze(0))
                 )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ from evoloss.engine.row_vectors import (
     row_function,
 )
 from evoloss.engine.threads import map_on_threads
+from evoloss.engine.tiles import TILE_BYTES, Tiles, as_tiles
 
 BITS = 4
 ENTRIES = 2**BITS
@@ -55,33 +55,13 @@ def is_worthwhile(rows: int, terms: int, columns: int) -> bool:
     return min(rows, terms) >= MIN_TERMS and rows * terms * columns >= MIN_MULTIPLICATIONS
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """A matrix (terms, columns) as `multiply_mask` reads it, for more than one product.
-
-    ``values`` (tiles, terms, columns of a tile): a vector's columns lie together, not on a page of memory per term.
-    """
-
-    values: Tensor
-    num_columns: int
-
-
-def make_tiles(matrix: Tensor) -> Tiles:
-    """Return a matrix (terms, columns) in tiles."""
-    terms, columns = matrix.shape
-    lanes, _ = find_layout(matrix.numpy().dtype)
-    whole, rest = divmod(columns, lanes)
-    values = matrix.new_empty(whole + (rest > 0), terms, lanes)
-    values[:whole] = matrix[:, : whole * lanes].reshape(terms, whole, lanes).transpose(0, 1)
-    if rest:
-        values[whole, :, rest:] = 0.0
-        values[whole, :, :rest] = matrix[:, whole * lanes :]
-    return Tiles(values, columns)
-
-
 def multiply_mask(
-    bits: Bits, matrix: Tensor | Tiles, term_factors: Tensor, row_factors: Tensor
-) -> Tensor:
+    bits: Bits,
+    matrix: Tensor | Tiles,
+    term_factors: Tensor,
+    row_factors: Tensor,
+    tiled: bool = False,
+) -> Tiles:
     """Return diag(row_factors) M diag(term_factors) matrix, (rows, columns), M a mask (rows, terms).
 
     Parameters
@@ -89,28 +69,28 @@ def multiply_mask(
     bits : (blocks of terms, rows), M as in `find_bits`
     matrix : (terms, columns), on the CPU
     term_factors, row_factors : (terms,), (rows,), of the same dtype as ``matrix``
+    tiled : whether the result is as `make_tiles` would make it, or a single tile
     """
+    source = as_tiles(matrix)
     left, right = (t.contiguous().numpy() for t in (row_factors, term_factors))
+    rows, columns = bits.shape[1], source.num_columns
+    width = TILE_BYTES // left.itemsize if tiled else columns
+    out = Tiles(row_factors.new_empty(-(-columns // width), rows, width), columns)
+    values, target = source.values.numpy().reshape(-1), out.values.numpy().reshape(-1)
     lanes, passes = find_layout(left.dtype)
-    if isinstance(matrix, Tiles):
-        source, columns, strides = matrix.values.numpy(), matrix.num_columns, (lanes, len(right))
-    else:
-        source, columns = matrix.contiguous().numpy(), matrix.shape[1]
-        strides = (columns, 1)
-    rows = bits.shape[1]
-    out = torch.empty(rows, columns, dtype=row_factors.dtype)
-    target = out.numpy()
     # threads share the columns, by whole vectors
-    count, vectors = torch.get_num_threads(), -(-columns // lanes)
-    edges = [min(columns, vectors * i // count * lanes) for i in range(count + 1)]
-    shares = [(first, end) for first, end in itertools.pairwise(edges) if first < end]
+    end, count = len(out.values) * width, torch.get_num_threads()
+    edges = [min(end, -(-end // lanes) * i // count * lanes) for i in range(count + 1)]
+    shares = [(first, last) for first, last in itertools.pairwise(edges) if first < last]
     multiply = _compile()
 
     def make_rooms() -> tuple[Array, Array]:
         return _make_table(left.dtype), np.empty(rows * lanes, left.dtype)
 
     def work(rooms: tuple[Array, Array], share: tuple[int, int]) -> None:
-        multiply(bits, source.reshape(-1), *strides, right, left, target, *rooms, passes, *share)
+        multiply(
+            bits, values, source.width, columns, right, left, target, width, *rooms, passes, *share
+        )
 
     map_on_threads(make_rooms, work, shares)
     return out
@@ -172,31 +152,19 @@ def _make_block(num_rows: int, num_bytes: int) -> Callable[..., None]:
 
     @intrinsic
     def add_entries(  # type: ignore[no-untyped-def]
-        typing,
-        table,
-        bits,
-        block,
-        count,
-        row,
-        sums,
-        target,
-        column,
-        factors,
-        is_first,
-        is_last,
-        rest,
-    ):
+        typing, table, bits, block, count, row, sums, target, place, stride, ahead, factors,
+        is_first, is_last, rest,
+    ):  # fmt: skip
         def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
             build = VectorBuilder(context, builder, signature, arguments, num_bytes)
-            table, bits, sums, target, factors = (build.find(i) for i in (0, 1, 5, 6, 8))
-            block, count, row, column, is_first, is_last, rest = (
-                arguments[i] for i in (2, 3, 4, 7, 9, 10, 11)
+            table, bits, sums, target, factors = (build.find(i) for i in (0, 1, 5, 6, 10))
+            block, count, row, place, stride, ahead, is_first, is_last, rest = (
+                arguments[i] for i in (2, 3, 4, 7, 8, 9, 11, 12, 13)
             )
             num_rows_in_all = builder.extract_value(bits.shape, 1)
             rows = [builder.add(row, I64(i)) for i in range(num_rows)]
             stands = [builder.mul(row, I64(build.lanes)) for row in rows]
-            columns = builder.extract_value(target.shape, 1)
-            outs = [builder.add(builder.mul(row, columns), column) for row in rows]
+            outs = [builder.add(builder.mul(row, stride), place) for row in rows]
             names = ("fresh", "standing", "loop", "end", "factor", "plain", "done")
             fresh, standing, loop, end, factor, plain, done = (
                 builder.append_basic_block(name) for name in names
@@ -204,7 +172,7 @@ def _make_block(num_rows: int, num_bytes: int) -> Callable[..., None]:
             builder.cbranch(is_first, fresh, standing)
             builder.position_at_end(fresh)
             for out in outs:
-                build.prefetch(target, builder.add(out, I64(build.lanes)), for_writing=True)
+                build.prefetch(target, builder.add(out, ahead), for_writing=True)
             builder.branch(loop)
             builder.position_at_end(standing)
             before = [build.load(sums, stand) for stand in stands]
@@ -219,10 +187,10 @@ def _make_block(num_rows: int, num_bytes: int) -> Callable[..., None]:
                 total.add_incoming(value, standing)
             line = builder.mul(builder.add(block, number), num_rows_in_all)
             words = [build.read(bits, builder.add(line, row)) for row in rows]
-            place = builder.mul(number, I64(GROUPS * ENTRIES * build.lanes))
+            tables = builder.mul(number, I64(GROUPS * ENTRIES * build.lanes))
             after = list(totals)
             for group in range(GROUPS):
-                first = builder.add(place, I64(group * ENTRIES * build.lanes))
+                first = builder.add(tables, I64(group * ENTRIES * build.lanes))
                 for i, word in enumerate(words):
                     code = builder.and_(builder.lshr(word, I64(group * BITS)), I64(ENTRIES - 1))
                     entry = builder.add(first, builder.mul(code, I64(build.lanes)))
@@ -248,7 +216,8 @@ def _make_block(num_rows: int, num_bytes: int) -> Callable[..., None]:
             return context.get_dummy_value()
 
         arguments = (
-            table, bits, block, count, row, sums, target, column, factors, is_first, is_last, rest
+            table, bits, block, count, row, sums, target, place, stride, ahead, factors,
+            is_first, is_last, rest,
         )  # fmt: skip
         return types.void(*arguments), generate
 
@@ -261,35 +230,41 @@ def make_mask_product(num_bytes: int) -> Callable[..., None]:
     add_many, add_one = _make_block(ROWS, num_bytes), _make_block(1, num_bytes)
 
     @row_function
+    def find_place(column, rows, width):  # type: ignore[no-untyped-def]
+        """Return where a column of `Tiles` starts."""
+        return column // width * rows * width + column % width
+
+    @row_function
     def multiply(  # type: ignore[no-untyped-def]
-        bits, source, stride, column_stride, term_factors, row_factors,
-        target, table, sums, passes, first_column, end_column,
+        bits, source, source_width, columns, term_factors, row_factors,
+        target, width, table, sums, passes, first_column, end_column,
     ):  # fmt: skip
-        blocks, rows = bits.shape
-        terms = term_factors.size
+        (blocks, rows), terms = bits.shape, term_factors.size
         lanes = num_bytes // source.itemsize
         for column in range(first_column, end_column, lanes):
-            rest = end_column - column
+            start = find_place(column, terms, source_width)
+            source_ahead = find_place(column + lanes, terms, source_width) - start
+            place = find_place(column, rows, width)
+            ahead = find_place(column + lanes, rows, width) - place
             for block in range(0, blocks, passes):
                 count = min(passes, blocks - block)
                 for g in range(count * GROUPS):
                     write_entries(
-                        table, g * ENTRIES * lanes, source, column * column_stride, stride,
-                        lanes * column_stride, (block * GROUPS + g) * BITS, terms,
-                        term_factors, rest,
+                        table, g * ENTRIES * lanes, source, start, source_width, source_ahead,
+                        (block * GROUPS + g) * BITS, terms, term_factors, columns - column,
                     )  # fmt: skip
                 is_first, is_last = block == 0, block + passes >= blocks
                 row = 0
                 while row + ROWS <= rows:
                     add_many(
-                        table, bits, block, count, row, sums, target,
-                        column, row_factors, is_first, is_last, rest,
+                        table, bits, block, count, row, sums, target, place, width, ahead,
+                        row_factors, is_first, is_last, end_column - column,
                     )  # fmt: skip
                     row += ROWS
                 while row < rows:
                     add_one(
-                        table, bits, block, count, row, sums, target,
-                        column, row_factors, is_first, is_last, rest,
+                        table, bits, block, count, row, sums, target, place, width, ahead,
+                        row_factors, is_first, is_last, end_column - column,
                     )  # fmt: skip
                     row += 1
 
@@ -306,13 +281,13 @@ def _compile() -> Callable[..., None]:
 
     @product_kernel
     def multiply(  # type: ignore[no-untyped-def]
-        bits, source, stride, column_stride, term_factors, row_factors,
-        target, table, sums, passes, first_column, end_column,
+        bits, source, source_width, columns, term_factors, row_factors,
+        target, width, table, sums, passes, first_column, end_column,
     ):  # fmt: skip
         _ = digest
         _multiply_columns(
-            bits, source, stride, column_stride, term_factors, row_factors,
-            target, table, sums, passes, first_column, end_column,
+            bits, source, source_width, columns, term_factors, row_factors,
+            target, width, table, sums, passes, first_column, end_column,
         )  # fmt: skip
 
     return multiply

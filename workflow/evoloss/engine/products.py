@@ -39,7 +39,10 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return ``a @ b``, plus ``bias`` (columns,) in every row; ``a`` and ``b`` are matrices of any strides."""
     on_cpu = a.device.type == "cpu"
     size = a.shape[0] * a.shape[1] * b.shape[1]
-    if on_cpu and size >= MIN_MULTIPLICATIONS and a.dtype == torch.float32 and prefers_onednn():
+    # oneDNN copies a transposed matrix, for a few columns that takes longer than the product
+    is_slow = a.stride(0) == 1 and b.shape[1] <= max(FEW_COLUMNS)
+    large = size >= MIN_MULTIPLICATIONS and not is_slow
+    if on_cpu and large and a.dtype == torch.float32 and prefers_onednn():
         result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
         return result
     if on_cpu and b.shape[1] in FEW_COLUMNS:

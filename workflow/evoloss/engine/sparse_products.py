@@ -32,6 +32,7 @@ from evoloss.engine.row_vectors import (
     row_function,
 )
 from evoloss.engine.threads import map_on_threads
+from evoloss.engine.tiles import TILE_BYTES, Tiles, as_tiles
 
 VECTORS = 8
 """Vectors of outputs in a panel: a row's sums for them stay in registers."""
@@ -45,14 +46,6 @@ MAX_SHARE = 0.75
 """With more elements other than 0, a matrix is left to a matrix product."""
 
 Array = NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Panels:
-    """A weight (outputs, terms) as `SparseRows.multiply` reads it, for more than one product."""
-
-    values: Tensor
-    num_outputs: int
 
 
 @dataclass(frozen=True)
@@ -70,36 +63,32 @@ class SparseRows:
         count = int(np.bitwise_count(bits.view(np.uint64)).sum(dtype=np.int64))
         return cls(values, bits) if count <= MAX_SHARE * values.numel() else None
 
-    def multiply(self, weight: Tensor | Panels, bias: Tensor | None = None) -> Tensor:
+    def multiply(self, weight: Tensor | Tiles, bias: Tensor | None = None) -> Tensor:
         """Return values W^T + b (rows, outputs) for a weight (outputs, terms) and a bias (outputs,).
 
         Zeros are left out, so a weight that is not finite does nothing where it meets them alone.
         """
-        array = self.values.numpy()
-        if isinstance(weight, Panels):
-            num_outputs, plain, panels = (
-                weight.num_outputs,
-                np.empty((0, 0), array.dtype),
-                weight.values,
-            )
-        else:
-            num_outputs, plain, panels = len(weight), weight.contiguous().numpy(), None
-        out = torch.empty(len(array), num_outputs, dtype=self.values.dtype)
+        array, tiles = self.values.numpy(), as_tiles(weight)
+        rows, num_outputs = len(array), tiles.num_rows
+        width = VECTORS * find_registers()[0] // array.itemsize
+        source = tiles.values.numpy().reshape(-1)
+        out = self.values.new_empty(rows, num_outputs)
         target = out.numpy()
         first = (out.new_zeros(num_outputs) if bias is None else bias.contiguous()).numpy()
-        multiply = _compile()[1]
+        # threads share the panels
+        count, panels = torch.get_num_threads(), -(-num_outputs // width)
+        edges = [panels * i // count for i in range(count + 1)]
+        shares = [(panel, end) for panel, end in itertools.pairwise(edges) if panel < end]
+        multiply = _compile()
 
         def make_rooms() -> tuple[Array, Array]:
-            width = find_width(array.dtype)
-            sums = out.new_zeros(min(ROWS, len(out)), width)
-            return (
-                out.new_empty(BLOCK * width) if panels is None else panels
-            ).numpy(), sums.numpy()
+            panel, sums = out.new_zeros(BLOCK * width), out.new_zeros(min(ROWS, rows), width)
+            return panel.numpy(), sums.numpy()
 
         def work(rooms: tuple[Array, Array], share: tuple[int, int]) -> None:
-            multiply(array, self.bits, plain, *rooms, first, target, *share)
+            multiply(array, self.bits, source, tiles.width, *rooms, first, target, *share)
 
-        map_on_threads(make_rooms, work, _share_panels(num_outputs, array.dtype))
+        map_on_threads(make_rooms, work, shares)
         return out
 
 
@@ -116,62 +105,25 @@ def find_sparse(activation: str, values: Tensor, num_outputs: int) -> SparseRows
     return None
 
 
-def pack_panels(weight: Tensor) -> Panels:
-    """Return a weight (outputs, terms) in panels."""
-    source = weight.contiguous().numpy()
-    num_outputs, terms = source.shape
-    width = find_width(source.dtype)
-    size = find_panel_size(terms, source.dtype)
-    panels = weight.new_empty(-(-num_outputs // width) * size)
-    target = panels.numpy()
-    pack = _compile()[0]
-    map_on_threads(
-        lambda: None,
-        lambda _, share: pack(source, target, *share),
-        _share_panels(num_outputs, source.dtype),
-    )
-    return Panels(panels, num_outputs)
-
-
-def find_width(dtype: np.dtype[Any]) -> int:
-    """Return the outputs of a panel."""
-    return VECTORS * find_registers()[0] // dtype.itemsize
-
-
-def find_panel_size(terms: int, dtype: np.dtype[Any]) -> int:
-    """Return the elements of a panel; terms are padded to whole vectors."""
-    lanes = find_registers()[0] // dtype.itemsize
-    return -(-terms // lanes) * lanes * find_width(dtype)
-
-
-def _share_panels(num_outputs: int, dtype: np.dtype[Any]) -> list[tuple[int, int]]:
-    """Return the first panel of every thread and the one after its last."""
-    count, panels = torch.get_num_threads(), -(-num_outputs // find_width(dtype))
-    edges = [panels * i // count for i in range(count + 1)]
-    return [(first, end) for first, end in itertools.pairwise(edges) if first < end]
-
-
 def _make_transposition(num_bytes: int) -> Callable[..., None]:
-    """Return the function that transposes a square of as many rows as a vector has elements.
+    """Return the function that transposes a square of as many rows as a vector has elements, ``stride`` apart.
 
-    ``rest`` columns are left, others become 0; after the last row it is repeated.
+    ``rest`` columns are left, others become 0; ``count`` rows are left, the last one is repeated.
     """
 
     @intrinsic
     def transpose(  # type: ignore[no-untyped-def]
-        typing, source, row, column, rest, target, place, stride
+        typing, source, first, stride, count, rest, target, place, width
     ):
         def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
             build = VectorBuilder(context, builder, signature, arguments, num_bytes)
-            source, target = build.find(0), build.find(4)
-            row, column, rest, place, stride = (arguments[i] for i in (1, 2, 3, 5, 6))
-            mask = build.make_mask(rest)
-            rows, columns = (builder.extract_value(source.shape, i) for i in (0, 1))
-            last = builder.sub(rows, I64(1))
+            source, target = build.find(0), build.find(5)
+            first, stride, count, rest, place, width = (arguments[i] for i in (1, 2, 3, 4, 6, 7))
+            mask, last = build.make_mask(rest), builder.sub(count, I64(1))
             vectors = []
             for i in range(build.lanes):
-                number = build.find_least(builder.add(row, I64(i)), last)
-                offset = builder.add(builder.mul(number, columns), column)
+                row = build.find_least(I64(i), last)
+                offset = builder.add(builder.mul(row, stride), first)
                 vectors.append(build.load(source, offset, mask))
             # perfect shuffles: each moves one bit of the row's number into that of the column
             half = build.lanes // 2
@@ -184,29 +136,32 @@ def _make_transposition(num_bytes: int) -> Callable[..., None]:
                     for lanes in (low, high)
                 ]
             for i, vector in enumerate(vectors):
-                build.store(vector, target, builder.add(place, builder.mul(I64(i), stride)))
+                build.store(vector, target, builder.add(place, builder.mul(I64(i), width)))
             return context.get_dummy_value()
 
-        arguments = (source, row, column, rest, target, place, stride)
+        arguments = (source, first, stride, count, rest, target, place, width)
         return types.void(*arguments), generate
 
     return transpose
 
 
 def _make_sum(num_bytes: int) -> Callable[..., None]:
-    """Return the function that adds the products of a row's elements in one block to its sums for one panel."""
+    """Return the function that adds the products of a row's elements in one block to its sums for one panel.
+
+    It also asks for cache lines of the ``following`` block, ``stride`` apart from ``ahead`` on.
+    """
 
     @intrinsic
     def add_products(  # type: ignore[no-untyped-def]
-        typing, source, start, bits, panels, place, sums, first, following, ahead
+        typing, source, start, bits, panel, sums, first, following, ahead, stride
     ):
         def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
             build = VectorBuilder(context, builder, signature, arguments, num_bytes)
-            source, panels, sums, following = (build.find(i) for i in (0, 3, 5, 7))
-            start, bits, place, first, ahead = (arguments[i] for i in (1, 2, 4, 6, 8))
+            source, panel, sums, following = (build.find(i) for i in (0, 3, 4, 6))
+            start, bits, first, ahead, stride = (arguments[i] for i in (1, 2, 5, 7, 8))
             shifts = [I64(v * build.lanes) for v in range(VECTORS)]
-            for line in range(0, BLOCK * build.size, 64):
-                build.prefetch(following, builder.add(ahead, I64(line // build.size)))
+            for line in range(BLOCK * build.size // TILE_BYTES):
+                build.prefetch(following, builder.add(ahead, builder.mul(I64(line), stride)))
             before = [build.load(sums, builder.add(first, shift)) for shift in shifts]
             entry = builder.block
             loop, body, end = (builder.append_basic_block(name) for name in ("loop", "body", "end"))
@@ -218,9 +173,9 @@ def _make_sum(num_bytes: int) -> Callable[..., None]:
             builder.position_at_end(body)
             term = builder.cttz(left, ir.IntType(1)(1))
             factor = build.spread(build.read(source, builder.add(start, term)))
-            weights = builder.add(place, builder.mul(term, I64(VECTORS * build.lanes)))
+            weights = builder.mul(term, I64(VECTORS * build.lanes))
             after = [
-                build.multiply_add(factor, build.load(panels, builder.add(weights, shift)), total)
+                build.multiply_add(factor, build.load(panel, builder.add(weights, shift)), total)
                 for shift, total in zip(shifts, totals, strict=True)
             ]
             others = builder.and_(left, builder.sub(left, I64(1)))
@@ -234,17 +189,17 @@ def _make_sum(num_bytes: int) -> Callable[..., None]:
                 build.store(total, sums, builder.add(first, shift))
             return context.get_dummy_value()
 
-        arguments = (source, start, bits, panels, place, sums, first, following, ahead)
+        arguments = (source, start, bits, panel, sums, first, following, ahead, stride)
         return types.void(*arguments), generate
 
     return add_products
 
 
-def make_sparse_product(num_bytes: int) -> tuple[Callable[..., Any], ...]:
-    """Return `pack` and `multiply` on vectors of ``num_bytes`` bytes, for panels from first to end.
+def make_sparse_product(num_bytes: int) -> Callable[..., None]:
+    """Return `SparseRows.multiply` on vectors of ``num_bytes`` bytes, for panels from first to end.
 
-    If the weight is empty, `multiply` gets all panels; else room for a block of one. ``sums`` (rows, outputs of a
-    panel) is room, too.
+    The weight is a flat array of `Tiles` of ``width`` columns. There is room for a block of a panel, and for the sums
+    (rows, outputs of a panel).
     """
     transpose, add_products = _make_transposition(num_bytes), _make_sum(num_bytes)
 
@@ -254,86 +209,70 @@ def make_sparse_product(num_bytes: int) -> tuple[Callable[..., Any], ...]:
             target[j] = source[j]
 
     @row_function
-    def pack_block(weight, column, first, panels, place):  # type: ignore[no-untyped-def]
-        outputs, terms = weight.shape
+    def find_place(output, term, outputs, width):  # type: ignore[no-untyped-def]
+        """Return where an element of the weight is."""
+        return (term // width * outputs + output) * width + term % width
+
+    @row_function
+    def pack_block(  # type: ignore[no-untyped-def]
+        weight, width, outputs, terms, first_output, first_term, panel, panel_width
+    ):
         lanes = num_bytes // weight.itemsize
-        width = VECTORS * lanes
-        for output in range(0, min(width, outputs - column), lanes):
-            for term in range(first, min(first + BLOCK, terms), lanes):
+        for j in range(0, min(panel_width, outputs - first_output), lanes):
+            output = first_output + j
+            for t in range(0, min(BLOCK, terms - first_term), lanes):
+                term = first_term + t
                 transpose(
-                    weight, column + output, term, terms - term,
-                    panels, place + (term - first) * width + output, width,
+                    weight, find_place(output, term, outputs, width), width,
+                    outputs - output, terms - term, panel, t * panel_width + j, panel_width,
                 )  # fmt: skip
 
     @row_function
-    def pack(weight, panels, first_panel, end_panel):  # type: ignore[no-untyped-def]
-        terms = weight.shape[1]
-        lanes = num_bytes // weight.itemsize
-        width = VECTORS * lanes
-        size = (terms + lanes - 1) // lanes * lanes * width
-        for panel in range(first_panel, end_panel):
-            for term in range(0, terms, BLOCK):
-                pack_block(weight, panel * width, term, panels, panel * size + term * width)
-
-    @row_function
     def multiply(  # type: ignore[no-untyped-def]
-        values, bits, weight, panels, sums, bias, target, first_panel, end_panel
+        values, bits, weight, width, panel, sums, bias, target, first_panel, end_panel
     ):
         (rows, terms), outputs = values.shape, bias.size
-        lanes = num_bytes // values.itemsize
-        width = VECTORS * lanes
-        size = (terms + lanes - 1) // lanes * lanes * width
-        plain = weight.size > 0
-        for panel in range(first_panel, end_panel):
-            column = panel * width
-            rest = min(width, outputs - column)
+        line, panel_width = TILE_BYTES // values.itemsize, sums.shape[1]
+        for output in range(
+            first_panel * panel_width, min(end_panel * panel_width, outputs), panel_width
+        ):
+            own = slice(output, min(output + panel_width, outputs))
             for first_row in range(0, rows, ROWS):
                 count = min(ROWS, rows - first_row)
                 for row in range(count):
-                    copy(sums[row], bias[column : column + rest])
+                    copy(sums[row], bias[own])
                 for block in range(bits.shape[0]):
                     term = block * BLOCK
-                    place = panel * size + term * width
-                    if plain:
-                        place = 0
-                        pack_block(weight, column, term, panels, place)
+                    pack_block(weight, width, outputs, terms, output, term, panel, panel_width)
                     for row in range(count):
-                        start = (first_row + row) * terms + term
-                        nonzero = bits[block, first_row + row]
-                        if plain:
-                            add_products(
-                                values, start, nonzero, panels, place, sums, row * width,
-                                weight, (column + row) * terms + term + BLOCK,
-                            )  # fmt: skip
-                        else:
-                            add_products(
-                                values, start, nonzero, panels, place, sums, row * width,
-                                panels, place + BLOCK * width + row * BLOCK,
-                            )  # fmt: skip
+                        # every row asks for one output's weights in the next block
+                        ahead = find_place(output + row, term + BLOCK, outputs, width)
+                        after = find_place(output + row, term + BLOCK + line, outputs, width)
+                        add_products(
+                            values, (first_row + row) * terms + term, bits[block, first_row + row],
+                            panel, sums, row * panel_width, weight, ahead, after - ahead,
+                        )  # fmt: skip
                 for row in range(count):
-                    copy(target[first_row + row, column : column + rest], sums[row])
+                    copy(target[first_row + row, own], sums[row])
 
-    return pack, multiply
+    return multiply
 
 
-_pack, _multiply = make_sparse_product(find_registers()[0])
+_multiply_panels = make_sparse_product(find_registers()[0])
 
 
 @functools.cache
-def _compile() -> tuple[Callable[..., Any], ...]:
-    # they close over a number alone, else numba would not find them in its cache again
+def _compile() -> Callable[..., None]:
+    # it closes over a number alone, else numba would not find it in its cache again
     digest = digest_sources(kernel_rows, row_vectors)
 
     @product_kernel
-    def pack(weight, panels, first_panel, end_panel):  # type: ignore[no-untyped-def]
-        _ = digest
-        _pack(weight, panels, first_panel, end_panel)
-
-    @product_kernel
     def multiply(  # type: ignore[no-untyped-def]
-        values, bits, weight, panels, sums, bias, target, first_panel, end_panel
+        values, bits, weight, width, panel, sums, bias, target, first_panel, end_panel
     ):
         _ = digest
-        _multiply(values, bits, weight, panels, sums, bias, target, first_panel, end_panel)
+        _multiply_panels(
+            values, bits, weight, width, panel, sums, bias, target, first_panel, end_panel
+        )
 
-    return pack, multiply
+    return multiply
