@@ -16,6 +16,7 @@ from evoloss.engine.mask_products import (
     ENTRIES,
     GROUPS,
     ROWS,
+    TERMS,
     find_layout,
     make_mask_product,
     multiply_mask,
@@ -91,6 +92,14 @@ def test_vectors_of_any_length(num_bytes: int) -> None:
             bits, matrix.numpy().reshape(-1), columns, columns, right.numpy(), left.numpy(),
             found.reshape(-1), columns, table, sums, passes, first, end,
         )  # fmt: skip
+    # tiles may be wider than vectors
+    tiles = make_tiles(matrix)
+    tiled = np.full(make_tiles(torch.from_numpy(found)).values.shape, np.nan)
+    add_up(
+        bits, tiles.values.numpy().reshape(-1), tiles.width, columns, right.numpy(), left.numpy(),
+        tiled.reshape(-1), tiles.width, table, sums, passes, 0, len(tiled) * tiles.width,
+    )  # fmt: skip
+    np.testing.assert_array_equal(tiled, make_tiles(torch.from_numpy(found)).values.numpy())
     expected = multiply_plainly(values, matrix, right, left)
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-12)
 
@@ -127,4 +136,4 @@ def test_a_batch_of_128_samples_takes_one_pass(
 ) -> None:
     monkeypatch.setattr("evoloss.engine.mask_products.find_registers", lambda: (num_bytes, 12))
     _, passes = find_layout(np.dtype(dtype))
-    assert passes * GROUPS * BITS >= 128
+    assert passes * TERMS >= 128

@@ -6,6 +6,7 @@ import copy
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path as FilePath
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from evoloss.config_file import read_config
 from evoloss.engine import Engine, LocalSearchSettings, PopulationLoss, TrainingSettings
 from evoloss.engine.dense import DensePath
 from evoloss.engine.dense_layers import read_layers
-from evoloss.engine.dense_meta import DenseContext
+from evoloss.engine.dense_meta import CHUNK_BYTES, DenseContext
 from evoloss.engine.general import GeneralPath
 from evoloss.engine.linear import LinearPath
 from evoloss.engine.mask_products import is_worthwhile, multiply_mask
@@ -28,6 +29,7 @@ from evoloss.engine.path import Path
 from evoloss.engine.products import has_onednn, product
 from evoloss.engine.snapshot import restore_snapshot, take_snapshot
 from evoloss.engine.streams import Batch, draw_batches
+from evoloss.engine.tiles import Tiles
 from evoloss.errors import ConfigError
 from evoloss.expressions import Program, compile_weighted_tree, parse_expression
 from evoloss.stages.searching import search_loss
@@ -100,6 +102,7 @@ def masks_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"evoloss.engine.{name}", 1)
     for name in ("mask_products", "sparse_products"):
         monkeypatch.setattr(f"evoloss.engine.{name}.MIN_MULTIPLICATIONS", 1)
+    monkeypatch.setattr("evoloss.engine.sparse_products.MAX_PADDING", float("inf"))
 
 
 def weighted(formula: str, seed: int) -> Program:
@@ -168,9 +171,18 @@ def test_networks_may_start_from_one_model_and_stay_apart_from_it() -> None:
 @pytest.mark.parametrize("settings", [SETTINGS["sgd"], SETTINGS["nesterov"]], ids=["sgd", "nag"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("chunk_bytes", [1, CHUNK_BYTES])
 def test_meta_gradient_equals_double_backprop(
-    network: str, kind: str, settings: TrainingSettings, num_inner: int, num_outer: int
+    chunk_bytes: int,
+    network: str,
+    kind: str,
+    settings: TrainingSettings,
+    num_inner: int,
+    num_outer: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Of candidates one by one, as large networks', and of several at a time."""
+    monkeypatch.setattr("evoloss.engine.dense_meta.CHUNK_BYTES", chunk_bytes)
     task = make_task(kind)
     loss = make_loss(task)
     model = make_network(network, task.num_outputs)
@@ -191,9 +203,9 @@ def test_one_output_above_a_relu_is_trained_by_masks(monkeypatch: pytest.MonkeyP
     """A local search too; nothing else is."""
     counts = {"products": 0}
 
-    def count(*arguments: Tensor) -> Tensor:
+    def count(*arguments: Any, **options: bool) -> Tiles:
         counts["products"] += 1
-        return multiply_mask(*arguments)  # type: ignore[arg-type]
+        return multiply_mask(*arguments, **options)
 
     monkeypatch.setattr("evoloss.engine.dense_masked.multiply_mask", count)
     for network, kind, stack_size, expected in (
@@ -272,7 +284,7 @@ def test_layers_take_the_cheaper_form() -> None:
         path = DensePath(task, model, PLAIN)
         context = path.prepare(model, take(task, task.train, 4), take(task, task.validation, 4))
         found[network] = describe_layers(context)
-        kept = [p for layer in context.layers for p in (layer.weight, layer.jacobian)]
+        kept = [p for layer in context.layers for p in (layer.inputs, layer.jacobian)]
         assert context.nbytes >= sum(p.nbytes for p in kept)
     assert found["small"] == found["sigmoid at the end"] == ["shared", "formed"]
     assert found["wide"] == ["shared", "low rank", "formed"]
@@ -378,18 +390,22 @@ def test_a_saturated_unit_does_not_hide_an_infinite_weight() -> None:
     assert outputs[1].isnan().all()
 
 
-@pytest.mark.parametrize("network", ["small", "deep"])
-def test_threads_give_the_same(network: str) -> None:
-    task = make_task("classes")
+@pytest.mark.usefixtures("masks_everywhere")
+@pytest.mark.parametrize(
+    ("network", "kind", "stack_size"),
+    [("small", "classes", 2), ("deep", "classes", 2), ("rectified", "one output", 1)],
+)
+def test_threads_give_the_same(network: str, kind: str, stack_size: int) -> None:
+    task = make_task(kind)
     loss = make_loss(task)
-    model = make_network(network, 3)
+    model = make_network(network, task.num_outputs)
     inner, outer = take(task, task.train, 16), take(task, task.validation, 16)
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
         try:
             path = DensePath(task, model, PLAIN)
-            path.stack_size = 2
+            path.stack_size = stack_size
             outputs = train(path, task, loss, [model] * loss.size)
             values, gradient = path.meta_gradients(path.prepare(model, inner, outer), loss)
         finally:
@@ -410,6 +426,23 @@ def test_the_engine_prefers_it_for_an_mlp() -> None:
 
 class _OwnLinear(nn.Linear):
     pass
+
+
+@pytest.mark.usefixtures("masks_everywhere")
+@pytest.mark.parametrize("stack_size", [1, 2])
+def test_a_weight_that_is_not_finite_shows_even_if_no_unit_meets_it(stack_size: int) -> None:
+    task = make_task("one output")
+    model = make_network("rectified", 1)
+    assert isinstance(model, nn.Sequential)
+    with torch.no_grad():
+        model[0].weight[4], model[0].bias[4] = 0.0, -1.0
+        model[2].weight[7, 4] = torch.inf
+    path = DensePath(task, model, PLAIN)
+    path.stack_size = stack_size
+    state = path.start([model, make_network("rectified", 1, 1)])
+    outputs = path.outputs(state, task.validation.x)
+    assert outputs[0].isnan().all()
+    assert outputs[1].isfinite().all()
 
 
 def test_what_it_cannot_handle_is_named() -> None:
@@ -453,7 +486,9 @@ def test_large_products_are_exact_for_all_strides(
     a, b = (torch.randn(256, 300, generator=generator) for _ in range(2))
     bias = torch.randn(256, generator=generator)
     padded = torch.randn(300, 512, generator=generator)[:, :256]
-    for left, right in ((a, b.t()), (a, b.t().contiguous()), (b.t(), a), (a, padded)):
+    few = torch.randn(256, 16, generator=generator)
+    operands = [(a, b.t()), (a, b.t().contiguous()), (b.t(), a), (a, padded), (b.t(), few)]
+    for left, right in operands:
         expected = (left.double() @ right.double()).float()
         torch.testing.assert_close(product(left, right), expected, rtol=1e-5, atol=1e-4)
     expected = (a.double() @ b.t().double() + bias).float()
@@ -555,12 +590,14 @@ def test_a_search_tells_how_its_meta_gradients_were_computed(
     assert hall_of_fame["local_search"] == ("linearised" if linearised else "exact")
 
 
+@pytest.mark.usefixtures("masks_everywhere")
 @pytest.mark.parametrize("stack_size", [1, 2])
-def test_training_goes_on_from_a_snapshot(stack_size: int) -> None:
-    task = make_task("classes")
+@pytest.mark.parametrize(("network", "kind"), [("wide", "classes"), ("rectified", "one output")])
+def test_training_goes_on_from_a_snapshot(network: str, kind: str, stack_size: int) -> None:
+    task = make_task(kind)
     loss = make_loss(task)
     targets, batches = task.encode_targets(task.train.y), draw_batches(60, 16, 8, 1)
-    models = [make_network("wide", 3, seed) for seed in range(loss.size)]
+    models = [make_network(network, task.num_outputs, seed) for seed in range(loss.size)]
     path = DensePath(task, models[0], SETTINGS["adam"])
     path.stack_size = stack_size
     state, later = path.start(models), path.start(models)

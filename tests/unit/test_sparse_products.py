@@ -14,8 +14,8 @@ from evoloss.engine.sparse_products import (
     VECTORS,
     SparseRows,
     find_sparse,
-    is_worthwhile,
     make_sparse_product,
+    skipping_pays,
 )
 from evoloss.engine.tiles import make_tiles
 
@@ -122,4 +122,4 @@ def test_a_matrix_of_few_zeros_and_a_small_product_are_left_alone() -> None:
     assert find_sparse("relu", values[:16], 1000) is None
     values[:76] = 1.0  # 0.8 of all
     assert find_sparse("relu", values, 1000) is None
-    assert is_worthwhile(32, 1000, 1000)
+    assert skipping_pays(32, 1000, 1000)

@@ -21,9 +21,7 @@ from evoloss.engine.dense_layers import (
     activate_backward,
     affine,
     find_tiled,
-    is_tiled,
     read_layers,
-    read_weight,
 )
 from evoloss.engine.dense_linearised import linearise_dense
 from evoloss.engine.dense_masked import MaskedGradient
@@ -36,7 +34,7 @@ from evoloss.engine.products import stacked_product
 from evoloss.engine.settings import TrainingSettings
 from evoloss.engine.streams import Batch
 from evoloss.engine.threads import map_on_threads
-from evoloss.engine.tiles import make_tiles
+from evoloss.engine.tiles import is_tiled, make_tiles, read_weight
 from evoloss.tasks import Task
 
 STACK_BYTES = 2**23
@@ -113,7 +111,7 @@ class DensePath:
         size = (state + activations) * torch.finfo(settings.dtype).bits // 8
         self.stack_size = max(1, STACK_BYTES // size)
         rows = min(settings.batch_size, len(task.train.y))
-        self.tiled = find_tiled(layers, rows)
+        self.tiled_place = find_tiled(layers, rows)
 
     @classmethod
     def find_obstacle(cls, task: Task, model: nn.Module, settings: TrainingSettings) -> str | None:
@@ -138,9 +136,9 @@ class DensePath:
         place = {key: i for i, key in enumerate(distinct)}
         params = zip(*(self._params(model) for model in distinct.values()), strict=True)
         initial = [torch.stack(tensors) for tensors in params]
-        if self.tiled is not None and self.stack_size == 1:
-            weights = [make_tiles(weight).values for weight in initial[self.tiled]]
-            initial[self.tiled] = torch.stack(weights)
+        if models and self.tiled_place is not None and self.stack_size == 1:
+            weights = [make_tiles(weight).values for weight in initial[self.tiled_place]]
+            initial[self.tiled_place] = torch.stack(weights)
         chosen = [place[id(model)] for model in models]
         # an index copies: no network shares memory with another or with its model
         return [

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from evoloss.engine.dense_masked import MaskedGradient, is_masked
 from evoloss.engine.products import product
-from evoloss.engine.sparse_products import find_sparse, is_worthwhile
-from evoloss.engine.tiles import Tiles, as_matrix, as_tiles
+from evoloss.engine.sparse_products import SparseRows, find_sparse, skipping_pays
+from evoloss.engine.tiles import Tiles, read_weight
 
 ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
 
@@ -105,21 +105,11 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None, below: str = "none") 
     return torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
 
 
-def is_tiled(weight: Tensor) -> bool:
-    """Tell whether a weight is in tiles, (k, tiles, out, width), not (k, out, in)."""
-    return weight.dim() == 4
-
-
-def read_weight(weight: Tensor, num_inputs: int) -> Tensor | Tiles:
-    """Return a single network's weight without its first dimension."""
-    return Tiles(weight[0], num_inputs) if is_tiled(weight) else weight[0]
-
-
 def find_tiled(layers: Sequence[DenseLayer], rows: int) -> int | None:
     """Return the place among all parameters of the weight that is best kept in tiles, or None.
 
-    It is the one between two ReLUs, below a single output, whose products with ``rows`` rows leave out the zeros or are
-    those of masks: both read tiles faster.
+    It is the one between two ReLUs, below a single output, if with so many rows both its products with a layer's values
+    and those with its mask read tiles.
     """
     if len(layers) < 3:
         return None
@@ -127,7 +117,7 @@ def find_tiled(layers: Sequence[DenseLayer], rows: int) -> int | None:
     num_outputs, (units, inputs) = last.linear.out_features, layer.linear.weight.shape
     if (
         below.activation == "relu"
-        and is_worthwhile(rows, inputs, units)
+        and skipping_pays(rows, inputs, units)
         and is_masked(layer.activation, num_outputs, rows, units, inputs)
     ):
         return sum(len(others.params) for others in layers[:-2])
@@ -136,10 +126,10 @@ def find_tiled(layers: Sequence[DenseLayer], rows: int) -> int | None:
 
 def affine_one(x: Tensor, weight: Tensor | Tiles, bias: Tensor | None, below: str) -> Tensor:
     """Return x W^T + b, (B, in), (out, in), (out,) -> (B, out), without a ReLU's zeros if that is faster."""
-    sparse = find_sparse(below, x, as_tiles(weight).num_rows)
-    if sparse:
-        return sparse.multiply(weight, bias)
-    return product(x, as_matrix(weight).t(), bias)
+    if isinstance(weight, Tiles):
+        return SparseRows.read(x).multiply(weight, bias)
+    sparse = find_sparse(below, x, len(weight))
+    return sparse.multiply(weight, bias) if sparse else product(x, weight.t(), bias)
 
 
 def forward_values(

@@ -33,10 +33,10 @@ from evoloss.engine.dense_masked import MaskedGradient
 from evoloss.engine.population_loss import PopulationLoss, TaskLoss
 from evoloss.engine.products import product, stacked_product
 from evoloss.engine.settings import TrainingSettings
-from evoloss.engine.sparse_products import SparseRows, is_worthwhile
+from evoloss.engine.sparse_products import SparseRows, skipping_pays
 from evoloss.engine.streams import Batch
 from evoloss.engine.threads import map_on_threads
-from evoloss.engine.tiles import Tiles, make_tiles
+from evoloss.engine.tiles import Tiles, as_matrix, as_tiles, make_tiles
 from evoloss.tasks import Task
 
 CHUNK_BYTES = 2**21
@@ -49,30 +49,31 @@ class SharedLayer:
 
     ``weight`` (out, in) and ``bias`` (out,) are the initial ones, ``shrink`` is what the weight decay leaves of them.
     ``inputs`` are X (B, in), ``jacobian`` is J (B, C, out). ``low_rank`` tells whether the step of a layer above
-    another one is kept so; above a ReLU ``tiles`` then have its weight and its inputs again. ``outer`` of the first
-    layer: inputs (V, in), or Z without the step (V, out) and K (V, B).
+    another one is kept so; above a ReLU its weight is then in tiles, and so are its inputs once more, ``tiled_inputs``,
+    if they are many. ``outer`` of the first layer: inputs (V, in), or Z without the step (V, out) and K (V, B).
     """
 
     activation: str
-    weight: Tensor
+    weight: Tensor | Tiles
     bias: Tensor | None
     shrink: float
     inputs: Tensor
     jacobian: Tensor
     low_rank: bool = False
-    tiles: tuple[Tiles, Tiles] | None = None
+    tiled_inputs: Tiles | None = None
     outer: tuple[Tensor, ...] = ()
 
     def meet(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Return Z (k, V, out) at the initial parameters and K (k, V, B) for the inputs h (k, V, in)."""
         rows = h.flatten(0, 1)
-        sparse = SparseRows.find(rows) if self.tiles else None
-        if sparse and self.tiles:
-            z = sparse.multiply(self.tiles[0], self.bias)
-            gram = sparse.multiply(self.tiles[1])
-        else:
-            z = product(rows, self.weight.t(), self.bias)
-            gram = product(rows, self.inputs.t())
+        sparse = SparseRows.find(rows) if isinstance(self.weight, Tiles) else None
+        products = []
+        for matrix, bias in ((self.weight, self.bias), (self.tiled_inputs or self.inputs, None)):
+            if sparse and isinstance(matrix, Tiles):
+                products.append(sparse.multiply(matrix, bias))
+            else:
+                products.append(product(rows, as_matrix(matrix).t(), bias))
+        z, gram = products
         if self.bias is not None:
             gram += 1.0
         return z.view(*h.shape[:2], -1), gram.view(*h.shape[:2], -1)
@@ -93,8 +94,9 @@ class DenseContext:
         """See `evoloss.engine.path.Context`."""
         tensors = [self.inner_outputs, self.inner_targets, self.outer_targets, self.outer_y]
         for layer in self.layers:
-            tensors += [layer.weight, layer.inputs, layer.jacobian, *layer.outer]
-            tensors += [tiles.values for tiles in layer.tiles or ()]
+            tensors += [layer.inputs, layer.jacobian, *layer.outer]
+            tiled = (layer.weight, layer.tiled_inputs)
+            tensors += [as_tiles(matrix).values for matrix in tiled if matrix is not None]
         return sum(tensor.nbytes for tensor in tensors)
 
 
@@ -135,14 +137,17 @@ def _share_first_layer(layer: SharedLayer, outer_x: Tensor) -> SharedLayer:
 
 def _share_layer(layer: SharedLayer, below: str, num_outer: int) -> SharedLayer:
     """Return a layer above one with the activation ``below`` in its cheaper form for so many outer rows."""
-    (n_out, n_in), size = layer.weight.shape, len(layer.inputs)
+    (size, n_in), n_out = layer.inputs.shape, layer.jacobian.shape[2]
     # multiplications, in units of the number of outer rows
     formed = n_in * n_out * (3 + 2 * size / num_outer)
     if 2 * n_in * n_out + size * (2 * n_in + 3 * n_out) >= formed:
         return layer
-    if below != "relu" or not is_worthwhile(num_outer, n_in, n_out):
-        return replace(layer, low_rank=True)
-    return replace(layer, low_rank=True, tiles=(make_tiles(layer.weight), make_tiles(layer.inputs)))
+    layer = replace(layer, low_rank=True)
+    if below == "relu" and skipping_pays(num_outer, n_in, n_out):
+        layer = replace(layer, weight=make_tiles(as_matrix(layer.weight)))
+        if skipping_pays(num_outer, n_in, size):
+            layer = replace(layer, tiled_inputs=make_tiles(layer.inputs))
+    return layer
 
 
 class _Step:
@@ -212,7 +217,8 @@ def _step_through(
             z = step.mix(gram).add_(z, alpha=layer.shrink)
         else:
             grams.append(h)
-            weights.append(step.weight_step(layer.inputs).add_(layer.weight, alpha=layer.shrink))
+            initial = as_matrix(layer.weight)
+            weights.append(step.weight_step(layer.inputs).add_(initial, alpha=layer.shrink))
             bias = layer.bias
             if bias is not None:
                 bias = step.bias_step().add_(bias, alpha=layer.shrink)
@@ -229,11 +235,10 @@ def _step_through(
             residual, change = step.correlate(upstream, grams[i], layer.activation)
             direction += change
             if layer.low_rank:
-                upstream = (
-                    masked.by_inputs(layer.tiles[0] if layer.tiles else layer.weight)
-                    if masked
-                    else stacked_product(upstream, layer.weight.unsqueeze(0))
-                )
+                if masked:
+                    upstream = masked.by_inputs(layer.weight)
+                else:
+                    upstream = stacked_product(upstream, as_matrix(layer.weight).unsqueeze(0))
                 by_step = stacked_product(residual, layer.inputs.unsqueeze(0))
                 upstream = by_step.add_(upstream, alpha=layer.shrink)
             masked = None
@@ -246,7 +251,7 @@ def _step_through(
         if i:
             weight, below = weights.pop(), layers[i - 1]
             masked = MaskedGradient.find(
-                below.activation, upstream, weight, values[i - 1], below.weight.shape[1]
+                below.activation, upstream, weight, values[i - 1], below.inputs.shape[1]
             )
             upstream = stacked_product(upstream, weight)
     return losses, direction
@@ -260,7 +265,7 @@ def dense_meta_gradients(
     rate = settings.first_step_rate
     u = loss.output_gradients(context.inner_outputs, context.inner_targets) * -rate
     rows = len(context.outer_targets)
-    widths = sum(2 * len(layer.weight) + len(layer.inputs) for layer in context.layers)
+    widths = sum(2 * layer.jacobian.shape[2] + len(layer.inputs) for layer in context.layers)
     chunk = max(1, CHUNK_BYTES // (rows * widths * u.element_size()))
 
     def work(_: None, part: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,8 @@
 torch's products go to Intel's MKL, which keeps AVX-512 for Intel's processors: on an AMD EPYC (Zen 5), one thread,
 those of a 1000 x 1000 layer run at 90 GFLOP/s there and at 190 GFLOP/s in oneDNN, which torch ships but asks for lower
 precisions alone; the arithmetic is float32 in both. (On an Intel Xeon oneDNN takes 1.12 times as long.) MKL is slow at
-few columns, too. Everything else (small products, float64, other processors and devices, a torch without oneDNN) is
-torch's own.
+few columns, too. Everything else (small products, few columns of a transposed matrix, float64, other processors and
+devices, a torch without oneDNN) is torch's own.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return ``a @ b``, plus ``bias`` (columns,) in every row; ``a`` and ``b`` are matrices of any strides."""
     on_cpu = a.device.type == "cpu"
     size = a.shape[0] * a.shape[1] * b.shape[1]
-    # oneDNN copies a transposed matrix, for a few columns that takes longer than the product
-    is_slow = a.stride(0) == 1 and b.shape[1] <= max(FEW_COLUMNS)
-    large = size >= MIN_MULTIPLICATIONS and not is_slow
-    if on_cpu and large and a.dtype == torch.float32 and prefers_onednn():
+    # oneDNN copies a transposed matrix, which for a few columns takes longer than the product
+    is_copied = a.stride(0) == 1 and b.shape[1] <= max(FEW_COLUMNS)
+    suits_onednn = size >= MIN_MULTIPLICATIONS and a.dtype == torch.float32 and not is_copied
+    if on_cpu and suits_onednn and prefers_onednn():
         result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
         return result
     if on_cpu and b.shape[1] in FEW_COLUMNS:

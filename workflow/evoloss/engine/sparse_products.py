@@ -21,7 +21,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
-from evoloss.engine import kernel_rows, row_vectors
+from evoloss.engine import bit_masks, kernel_rows, row_vectors, tiles
 from evoloss.engine.bit_masks import BLOCK, Bits, find_bits
 from evoloss.engine.kernel_rows import digest_sources
 from evoloss.engine.row_vectors import (
@@ -42,6 +42,8 @@ MIN_ROWS = 32
 """With fewer, a weight is read too seldom for what it takes to transpose it."""
 MIN_MULTIPLICATIONS = 2**21
 """A product of fewer is left to a matrix product."""
+MAX_PADDING = 1.5
+"""With fewer outputs in the last panel, a product is left to a matrix product: a panel costs the same for one."""
 MAX_SHARE = 0.75
 """With more elements other than 0, a matrix is left to a matrix product."""
 
@@ -56,22 +58,28 @@ class SparseRows:
     bits: Bits
 
     @classmethod
+    def read(cls, values: Tensor) -> SparseRows:
+        """Return a matrix on the CPU, whatever it has of zeros."""
+        values = values.contiguous()
+        return cls(values, find_bits(values))
+
+    @classmethod
     def find(cls, values: Tensor) -> SparseRows | None:
         """Return a matrix on the CPU, or None if it has too few zeros."""
-        values = values.contiguous()
-        bits = find_bits(values)
-        count = int(np.bitwise_count(bits.view(np.uint64)).sum(dtype=np.int64))
-        return cls(values, bits) if count <= MAX_SHARE * values.numel() else None
+        found = cls.read(values)
+        # of signed numbers numpy counts the absolute value's bits
+        count = int(np.bitwise_count(found.bits.view(np.uint64)).sum(dtype=np.int64))
+        return found if count <= MAX_SHARE * values.numel() else None
 
     def multiply(self, weight: Tensor | Tiles, bias: Tensor | None = None) -> Tensor:
         """Return values W^T + b (rows, outputs) for a weight (outputs, terms) and a bias (outputs,).
 
         Zeros are left out, so a weight that is not finite does nothing where it meets them alone.
         """
-        array, tiles = self.values.numpy(), as_tiles(weight)
-        rows, num_outputs = len(array), tiles.num_rows
-        width = VECTORS * find_registers()[0] // array.itemsize
-        source = tiles.values.numpy().reshape(-1)
+        array, tiled = self.values.numpy(), as_tiles(weight)
+        rows, num_outputs = len(array), tiled.num_rows
+        width = _find_width(array.itemsize)
+        source = tiled.values.numpy().reshape(-1)
         out = self.values.new_empty(rows, num_outputs)
         target = out.numpy()
         first = (out.new_zeros(num_outputs) if bias is None else bias.contiguous()).numpy()
@@ -86,21 +94,29 @@ class SparseRows:
             return panel.numpy(), sums.numpy()
 
         def work(rooms: tuple[Array, Array], share: tuple[int, int]) -> None:
-            multiply(array, self.bits, source, tiles.width, *rooms, first, target, *share)
+            multiply(array, self.bits, source, tiled.width, *rooms, first, target, *share)
 
         map_on_threads(make_rooms, work, shares)
         return out
 
 
-def is_worthwhile(rows: int, terms: int, outputs: int) -> bool:
-    """Tell whether a product is faster without the zeros, if half of the elements are 0."""
-    return rows >= MIN_ROWS and rows * terms * outputs >= MIN_MULTIPLICATIONS
+def skipping_pays(rows: int, terms: int, outputs: int) -> bool:
+    """Tell whether a product in float32 is faster without the zeros, if half of the elements are 0."""
+    width = _find_width(4)
+    padded = -(-outputs // width) * width
+    size = rows * terms * outputs
+    return rows >= MIN_ROWS and size >= MIN_MULTIPLICATIONS and padded <= MAX_PADDING * outputs
+
+
+def _find_width(itemsize: int) -> int:
+    """Return the outputs of a panel."""
+    return VECTORS * find_registers()[0] // itemsize
 
 
 def find_sparse(activation: str, values: Tensor, num_outputs: int) -> SparseRows | None:
     """Return an activation's values (rows, terms) if that is worthwhile for ``num_outputs`` outputs, else None."""
     rows, terms = values.shape
-    if activation == "relu" and is_worthwhile(rows, terms, num_outputs):
+    if activation == "relu" and skipping_pays(rows, terms, num_outputs):
         return SparseRows.find(values)
     return None
 
@@ -264,7 +280,7 @@ _multiply_panels = make_sparse_product(find_registers()[0])
 @functools.cache
 def _compile() -> Callable[..., None]:
     # it closes over a number alone, else numba would not find it in its cache again
-    digest = digest_sources(kernel_rows, row_vectors)
+    digest = digest_sources(bit_masks, kernel_rows, row_vectors, tiles)
 
     @product_kernel
     def multiply(  # type: ignore[no-untyped-def]

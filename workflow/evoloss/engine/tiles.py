@@ -44,6 +44,16 @@ def make_tiles(matrix: Tensor) -> Tiles:
     return Tiles(values, columns)
 
 
+def is_tiled(weight: Tensor) -> bool:
+    """Tell whether the weight of k networks is in tiles, (k, tiles, out, width), not (k, out, in)."""
+    return weight.dim() == 4
+
+
+def read_weight(weight: Tensor, num_inputs: int) -> Tensor | Tiles:
+    """Return a single network's weight, with or without tiles, without its first dimension."""
+    return Tiles(weight[0], num_inputs) if is_tiled(weight) else weight[0]
+
+
 def as_tiles(matrix: Tensor | Tiles) -> Tiles:
     """Return a plain matrix as a single tile, and tiles as they are."""
     if isinstance(matrix, Tiles):
