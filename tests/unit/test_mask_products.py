@@ -71,7 +71,7 @@ def test_it_is_a_matrix_product(
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_more_groups_than_tables_in_use(dtype: torch.dtype) -> None:
     """The sums of one pass stand in memory until the next one."""
-    values, matrix, right, left = draw(0, 13, 1001, 37, dtype)
+    values, matrix, right, left = draw(0, 13, 1100, 37, dtype)
     found = multiply(find_column_bits(values), matrix, right, left)
     expected = multiply_plainly(values, matrix, right, left)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e3 * TOLERANCES[dtype])
@@ -80,7 +80,7 @@ def test_more_groups_than_tables_in_use(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("num_bytes", [16, 32, 64])
 def test_vectors_of_any_length(num_bytes: int) -> None:
     """Wherever the tests run; what the processor lacks LLVM makes of what it has."""
-    rows, terms, columns, passes = 11, 5 * BLOCK - 7, 29, 2
+    rows, terms, columns, passes = 11, 5 * BLOCK - 7, 29, 3
     values, matrix, right, left = draw(1, rows, terms, columns, torch.float64)
     bits, lanes = find_column_bits(values), num_bytes // 8
     table = np.full(passes * GROUPS * ENTRIES * lanes, np.nan)

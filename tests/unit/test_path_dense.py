@@ -239,6 +239,35 @@ def test_one_output_above_a_relu_is_trained_by_masks(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.usefixtures("masks_everywhere")
+@pytest.mark.parametrize(("kind", "tiled"), [("one output", True), ("two outputs", False)])
+@pytest.mark.parametrize("are_inputs_many", [True, False])
+def test_a_local_search_keeps_one_copy_of_a_weight(
+    kind: str, tiled: bool, are_inputs_many: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In tiles if products of masks read it, below a single output; its product leaves out zeros either way."""
+    num_inner, num_outer = 12, 16
+    monkeypatch.setattr(
+        "evoloss.engine.dense_meta.skipping_pays",
+        lambda rows, terms, outputs: are_inputs_many or outputs != num_inner,
+    )
+    task = make_task(kind)
+    model, loss = make_network("rectified", task.num_outputs), make_loss(task, 1)
+    batches = take(task, task.train, num_inner), take(task, task.validation, num_outer)
+    path = DensePath(task, model, SETTINGS["heavy"])
+    context = path.prepare(model, *batches)
+    assert describe_layers(context)[1] == "low rank"
+    layer = context.layers[1]
+    assert layer.skips_zeros
+    assert isinstance(layer.weight, Tiles) == tiled
+    assert (layer.tiled_inputs is not None) == are_inputs_many
+    values, gradient = path.meta_gradients(context, loss)
+    general = GeneralPath(task, model, SETTINGS["heavy"])
+    others = general.meta_gradients(general.prepare(model, *batches), loss)
+    torch.testing.assert_close(values, others[0])
+    np.testing.assert_allclose(gradient, others[1], rtol=1e-9)
+
+
+@pytest.mark.usefixtures("masks_everywhere")
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_layers_with_few_zeros_are_trained_alike(
     share: float, monkeypatch: pytest.MonkeyPatch
@@ -286,6 +315,7 @@ def test_layers_take_the_cheaper_form() -> None:
         found[network] = describe_layers(context)
         kept = [p for layer in context.layers for p in (layer.inputs, layer.jacobian)]
         assert context.nbytes >= sum(p.nbytes for p in kept)
+        assert all(isinstance(layer.weight, Tensor) for layer in context.layers)
     assert found["small"] == found["sigmoid at the end"] == ["shared", "formed"]
     assert found["wide"] == ["shared", "low rank", "formed"]
     assert found["deep"] == ["shared", "low rank", "low rank", "formed"]

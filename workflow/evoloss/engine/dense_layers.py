@@ -126,7 +126,7 @@ def find_tiled(layers: Sequence[DenseLayer], rows: int) -> int | None:
 
 def affine_one(x: Tensor, weight: Tensor | Tiles, bias: Tensor | None, below: str) -> Tensor:
     """Return x W^T + b, (B, in), (out, in), (out,) -> (B, out), without a ReLU's zeros if that is faster."""
-    if isinstance(weight, Tiles):
+    if isinstance(weight, Tiles):  # a plain copy would take longer than what few zeros cost
         return SparseRows.read(x).multiply(weight, bias)
     sparse = find_sparse(below, x, len(weight))
     return sparse.multiply(weight, bias) if sparse else product(x, weight.t(), bias)

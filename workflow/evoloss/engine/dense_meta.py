@@ -29,7 +29,7 @@ from evoloss.engine.dense_layers import (
     forward_values,
     read_layers,
 )
-from evoloss.engine.dense_masked import MaskedGradient
+from evoloss.engine.dense_masked import MaskedGradient, is_masked
 from evoloss.engine.population_loss import PopulationLoss, TaskLoss
 from evoloss.engine.products import product, stacked_product
 from evoloss.engine.settings import TrainingSettings
@@ -49,8 +49,9 @@ class SharedLayer:
 
     ``weight`` (out, in) and ``bias`` (out,) are the initial ones, ``shrink`` is what the weight decay leaves of them.
     ``inputs`` are X (B, in), ``jacobian`` is J (B, C, out). ``low_rank`` tells whether the step of a layer above
-    another one is kept so; above a ReLU its weight is then in tiles, and so are its inputs once more, ``tiled_inputs``,
-    if they are many. ``outer`` of the first layer: inputs (V, in), or Z without the step (V, out) and K (V, B).
+    another one is kept so, ``skips_zeros`` whether its product then leaves out those of the ReLU below. That with its
+    inputs does if these are many, ``tiled_inputs`` has them again. The weight is in tiles if products of masks read it.
+    ``outer`` of the first layer: inputs (V, in), or Z without the step (V, out) and K (V, B).
     """
 
     activation: str
@@ -60,23 +61,29 @@ class SharedLayer:
     inputs: Tensor
     jacobian: Tensor
     low_rank: bool = False
+    skips_zeros: bool = False
     tiled_inputs: Tiles | None = None
     outer: tuple[Tensor, ...] = ()
 
     def meet(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Return Z (k, V, out) at the initial parameters and K (k, V, B) for the inputs h (k, V, in)."""
         rows = h.flatten(0, 1)
-        sparse = SparseRows.find(rows) if isinstance(self.weight, Tiles) else None
-        products = []
-        for matrix, bias in ((self.weight, self.bias), (self.tiled_inputs or self.inputs, None)):
-            if sparse and isinstance(matrix, Tiles):
-                products.append(sparse.multiply(matrix, bias))
-            else:
-                products.append(product(rows, as_matrix(matrix).t(), bias))
-        z, gram = products
+        sparse = SparseRows.find(rows) if self.skips_zeros else None
+        z = _multiply(rows, sparse, self.weight, self.bias)
+        tiled = self.tiled_inputs
+        gram = _multiply(rows, sparse if tiled else None, tiled or self.inputs)
         if self.bias is not None:
             gram += 1.0
         return z.view(*h.shape[:2], -1), gram.view(*h.shape[:2], -1)
+
+
+def _multiply(
+    rows: Tensor, sparse: SparseRows | None, weight: Tensor | Tiles, bias: Tensor | None = None
+) -> Tensor:
+    """Return rows W^T + b, by the rows without their zeros if they are given so, too."""
+    if sparse:
+        return sparse.multiply(weight, bias)
+    return product(rows, as_matrix(weight).t(), bias)
 
 
 @dataclass(frozen=True)
@@ -120,7 +127,8 @@ def prepare_dense(
         if i == 0:
             shared.append(_share_first_layer(layer, outer.x.flatten(1)))
         else:
-            shared.append(_share_layer(layer, kinds[i - 1], len(outer.x)))
+            is_below_output = i == len(params) - 2
+            shared.append(_share_layer(layer, kinds[i - 1], is_below_output, len(outer.x)))
     return DenseContext(
         values[-1].unsqueeze(0), tuple(shared), inner.targets, outer.targets, outer.y
     )
@@ -135,18 +143,23 @@ def _share_first_layer(layer: SharedLayer, outer_x: Tensor) -> SharedLayer:
     return replace(layer, outer=(z * layer.shrink, gram))
 
 
-def _share_layer(layer: SharedLayer, below: str, num_outer: int) -> SharedLayer:
+def _share_layer(
+    layer: SharedLayer, below: str, is_below_output: bool, num_outer: int
+) -> SharedLayer:
     """Return a layer above one with the activation ``below`` in its cheaper form for so many outer rows."""
-    (size, n_in), n_out = layer.inputs.shape, layer.jacobian.shape[2]
+    (size, n_in), (_, num_outputs, n_out) = layer.inputs.shape, layer.jacobian.shape
     # multiplications, in units of the number of outer rows
     formed = n_in * n_out * (3 + 2 * size / num_outer)
     if 2 * n_in * n_out + size * (2 * n_in + 3 * n_out) >= formed:
         return layer
     layer = replace(layer, low_rank=True)
-    if below == "relu" and skipping_pays(num_outer, n_in, n_out):
+    if below != "relu" or not skipping_pays(num_outer, n_in, n_out):
+        return layer
+    layer = replace(layer, skips_zeros=True)
+    if skipping_pays(num_outer, n_in, size):
+        layer = replace(layer, tiled_inputs=make_tiles(layer.inputs))
+    if is_below_output and is_masked(layer.activation, num_outputs, num_outer, n_out, n_in):
         layer = replace(layer, weight=make_tiles(as_matrix(layer.weight)))
-        if skipping_pays(num_outer, n_in, size):
-            layer = replace(layer, tiled_inputs=make_tiles(layer.inputs))
     return layer
 
 

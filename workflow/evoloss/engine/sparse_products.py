@@ -43,7 +43,10 @@ MIN_ROWS = 32
 MIN_MULTIPLICATIONS = 2**21
 """A product of fewer is left to a matrix product."""
 MAX_PADDING = 1.5
-"""With fewer outputs in the last panel, a product is left to a matrix product: a panel costs the same for one."""
+"""With more outputs in all panels than so many times its own, a product is left to a matrix product.
+
+A panel costs the same for one output as for all.
+"""
 MAX_SHARE = 0.75
 """With more elements other than 0, a matrix is left to a matrix product."""
 
