@@ -239,19 +239,27 @@ def test_one_output_above_a_relu_is_trained_by_masks(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.usefixtures("masks_everywhere")
-@pytest.mark.parametrize(("kind", "tiled"), [("one output", True), ("two outputs", False)])
+@pytest.mark.parametrize(
+    ("kind", "chunk_bytes", "tiled"),
+    [("one output", 1, True), ("one output", CHUNK_BYTES, False), ("two outputs", 1, False)],
+)
 @pytest.mark.parametrize("are_inputs_many", [True, False])
 def test_a_local_search_keeps_one_copy_of_a_weight(
-    kind: str, tiled: bool, are_inputs_many: bool, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    chunk_bytes: int,
+    tiled: bool,
+    are_inputs_many: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In tiles if products of masks read it, below a single output; its product leaves out zeros either way."""
+    """In tiles if products of masks read it, of one candidate below a single output; zeros are left out either way."""
+    monkeypatch.setattr("evoloss.engine.dense_meta.CHUNK_BYTES", chunk_bytes)
     num_inner, num_outer = 12, 16
     monkeypatch.setattr(
         "evoloss.engine.dense_meta.skipping_pays",
         lambda rows, terms, outputs: are_inputs_many or outputs != num_inner,
     )
     task = make_task(kind)
-    model, loss = make_network("rectified", task.num_outputs), make_loss(task, 1)
+    model, loss = make_network("rectified", task.num_outputs), make_loss(task, 2)
     batches = take(task, task.train, num_inner), take(task, task.validation, num_outer)
     path = DensePath(task, model, SETTINGS["heavy"])
     context = path.prepare(model, *batches)

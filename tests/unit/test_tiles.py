@@ -18,6 +18,7 @@ def test_there_and_back(rows: int, columns: int, dtype: torch.dtype) -> None:
     for form in (matrix, matrix.t().contiguous().t()):
         tiles = make_tiles(form)
         assert torch.equal(as_matrix(tiles), matrix)
+        assert as_matrix(tiles).is_contiguous()
         assert tiles.values.sum() == matrix.sum()  # what is left of the last tile is 0
         assert (tiles.num_rows, tiles.num_columns) == (rows, columns)
         assert torch.equal(as_matrix(as_tiles(form)), matrix)

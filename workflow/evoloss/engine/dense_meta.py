@@ -88,8 +88,12 @@ def _multiply(
 
 @dataclass(frozen=True)
 class DenseContext:
-    """A meta-step: ``inner_outputs`` (1, B, C), the shared parts of all layers, targets."""
+    """A meta-step: ``inner_outputs`` (1, B, C), the shared parts of all layers, targets.
 
+    ``chunk`` candidates are computed together.
+    """
+
+    chunk: int
     inner_outputs: Tensor
     layers: tuple[SharedLayer, ...]
     inner_targets: Tensor
@@ -119,6 +123,7 @@ def prepare_dense(
     values = forward_values(params, kinds, inner.x.flatten(1))
     jacobians = compute_jacobians([weight for weight, *_ in params], kinds, values)
     shrink = 1.0 - settings.first_step_rate * settings.weight_decay
+    chunk = _find_chunk([len(weight) for weight, *_ in params], len(inner.x), outer)
     shared = []
     for i, (weight, *bias) in enumerate(params):
         layer = SharedLayer(
@@ -127,11 +132,17 @@ def prepare_dense(
         if i == 0:
             shared.append(_share_first_layer(layer, outer.x.flatten(1)))
         else:
-            is_below_output = i == len(params) - 2
-            shared.append(_share_layer(layer, kinds[i - 1], is_below_output, len(outer.x)))
-    return DenseContext(
-        values[-1].unsqueeze(0), tuple(shared), inner.targets, outer.targets, outer.y
-    )
+            # the masks of several candidates are not multiplied together
+            reads_masks = chunk == 1 and i == len(params) - 2
+            shared.append(_share_layer(layer, kinds[i - 1], reads_masks, len(outer.x)))
+    outputs = values[-1].unsqueeze(0)
+    return DenseContext(chunk, outputs, tuple(shared), inner.targets, outer.targets, outer.y)
+
+
+def _find_chunk(units: Sequence[int], num_inner: int, outer: Batch) -> int:
+    """Return how many candidates are computed together, of layers of so many units."""
+    width = sum(2 * count + num_inner for count in units)
+    return max(1, CHUNK_BYTES // (len(outer.targets) * width * outer.targets.element_size()))
 
 
 def _share_first_layer(layer: SharedLayer, outer_x: Tensor) -> SharedLayer:
@@ -143,10 +154,11 @@ def _share_first_layer(layer: SharedLayer, outer_x: Tensor) -> SharedLayer:
     return replace(layer, outer=(z * layer.shrink, gram))
 
 
-def _share_layer(
-    layer: SharedLayer, below: str, is_below_output: bool, num_outer: int
-) -> SharedLayer:
-    """Return a layer above one with the activation ``below`` in its cheaper form for so many outer rows."""
+def _share_layer(layer: SharedLayer, below: str, reads_masks: bool, num_outer: int) -> SharedLayer:
+    """Return a layer above one with the activation ``below`` in its cheaper form for so many outer rows.
+
+    ``reads_masks``: it is right below the output, and candidates come one by one.
+    """
     (size, n_in), (_, num_outputs, n_out) = layer.inputs.shape, layer.jacobian.shape
     # multiplications, in units of the number of outer rows
     formed = n_in * n_out * (3 + 2 * size / num_outer)
@@ -158,7 +170,7 @@ def _share_layer(
     layer = replace(layer, skips_zeros=True)
     if skipping_pays(num_outer, n_in, size):
         layer = replace(layer, tiled_inputs=make_tiles(layer.inputs))
-    if is_below_output and is_masked(layer.activation, num_outputs, num_outer, n_out, n_in):
+    if reads_masks and is_masked(layer.activation, num_outputs, num_outer, n_out, n_in):
         layer = replace(layer, weight=make_tiles(as_matrix(layer.weight)))
     return layer
 
@@ -277,14 +289,11 @@ def dense_meta_gradients(
     """Return outer losses (P,) and their gradients by all instruction weights (instructions,)."""
     rate = settings.first_step_rate
     u = loss.output_gradients(context.inner_outputs, context.inner_targets) * -rate
-    rows = len(context.outer_targets)
-    widths = sum(2 * layer.jacobian.shape[2] + len(layer.inputs) for layer in context.layers)
-    chunk = max(1, CHUNK_BYTES // (rows * widths * u.element_size()))
 
     def work(_: None, part: Tensor) -> tuple[Tensor, Tensor]:
         return _step_through(context.layers, task, context, part)
 
-    parts = map_on_threads(lambda: None, work, torch.split(u, chunk))
+    parts = map_on_threads(lambda: None, work, torch.split(u, context.chunk))
     values, directions = (torch.cat(list(some)) for some in zip(*parts, strict=True))
     gradient = loss.weight_gradients(context.inner_outputs, context.inner_targets, directions)
     return values, -rate * gradient

@@ -43,6 +43,8 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     is_copied = a.stride(0) == 1 and b.shape[1] <= max(FEW_COLUMNS)
     suits_onednn = size >= MIN_MULTIPLICATIONS and a.dtype == torch.float32 and not is_copied
     if on_cpu and suits_onednn and prefers_onednn():
+        if not (b.is_contiguous() or b.t().is_contiguous()):
+            b = b.contiguous()  # else oneDNN takes a hundred times as long
         result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
         return result
     if on_cpu and b.shape[1] in FEW_COLUMNS:

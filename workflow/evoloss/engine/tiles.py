@@ -62,7 +62,7 @@ def as_tiles(matrix: Tensor | Tiles) -> Tiles:
 
 
 def as_matrix(matrix: Tensor | Tiles) -> Tensor:
-    """Return tiles as a plain matrix (rows, columns), and one as it is."""
+    """Return tiles as a plain matrix (rows, columns), contiguous, and one as it is."""
     if not isinstance(matrix, Tiles):
         return matrix
-    return matrix.values.transpose(0, 1).flatten(1)[:, : matrix.num_columns]
+    return matrix.values.transpose(0, 1).flatten(1)[:, : matrix.num_columns].contiguous()
