@@ -19,7 +19,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
-from evoloss.engine import bit_masks, kernel_rows, row_vectors
+from evoloss.engine import bit_masks, kernel_rows, row_vectors, tiles
 from evoloss.engine.bit_masks import BLOCK, Bits
 from evoloss.engine.kernel_rows import digest_sources
 from evoloss.engine.row_vectors import (
@@ -30,7 +30,7 @@ from evoloss.engine.row_vectors import (
     row_function,
 )
 from evoloss.engine.threads import map_on_threads
-from evoloss.engine.tiles import TILE_BYTES, Tiles, as_tiles
+from evoloss.engine.tiles import TILE_BYTES, Tiles, as_tiles, find_place
 
 BITS = 4
 ENTRIES = 2**BITS
@@ -236,11 +236,6 @@ def make_mask_product(num_bytes: int) -> Callable[..., None]:
     add_many, add_one = _make_block(ROWS, num_bytes), _make_block(1, num_bytes)
 
     @row_function
-    def find_place(column, rows, width):  # type: ignore[no-untyped-def]
-        """Return where a column of `Tiles` starts."""
-        return column // width * rows * width + column % width
-
-    @row_function
     def multiply(  # type: ignore[no-untyped-def]
         bits, source, source_width, columns, term_factors, row_factors,
         target, width, table, sums, passes, first_column, end_column,
@@ -249,10 +244,10 @@ def make_mask_product(num_bytes: int) -> Callable[..., None]:
         parts = (terms + TERMS - 1) // TERMS
         lanes = num_bytes // source.itemsize
         for column in range(first_column, end_column, lanes):
-            start = find_place(column, terms, source_width)
-            source_ahead = find_place(column + lanes, terms, source_width) - start
-            place = find_place(column, rows, width)
-            ahead = find_place(column + lanes, rows, width) - place
+            start = find_place(0, column, terms, source_width)
+            source_ahead = find_place(0, column + lanes, terms, source_width) - start
+            place = find_place(0, column, rows, width)
+            ahead = find_place(0, column + lanes, rows, width) - place
             for part in range(0, parts, passes):
                 count = min(passes, parts - part)
                 for g in range(count * GROUPS):
@@ -284,7 +279,7 @@ _multiply_columns = make_mask_product(find_registers()[0])
 @functools.cache
 def _compile() -> Callable[..., None]:
     # it closes over a number alone, else numba would not find it in its cache again
-    digest = digest_sources(bit_masks, kernel_rows, row_vectors)
+    digest = digest_sources(bit_masks, kernel_rows, row_vectors, tiles)
 
     @product_kernel
     def multiply(  # type: ignore[no-untyped-def]

@@ -32,7 +32,7 @@ from evoloss.engine.row_vectors import (
     row_function,
 )
 from evoloss.engine.threads import map_on_threads
-from evoloss.engine.tiles import TILE_BYTES, Tiles, as_tiles
+from evoloss.engine.tiles import TILE_BYTES, Tiles, as_tiles, find_place
 
 VECTORS = 8
 """Vectors of outputs in a panel: a row's sums for them stay in registers."""
@@ -226,11 +226,6 @@ def make_sparse_product(num_bytes: int) -> Callable[..., None]:
     def copy(target, source):  # type: ignore[no-untyped-def]
         for j in range(min(target.size, source.size)):
             target[j] = source[j]
-
-    @row_function
-    def find_place(output, term, outputs, width):  # type: ignore[no-untyped-def]
-        """Return where an element of the weight is."""
-        return (term // width * outputs + output) * width + term % width
 
     @row_function
     def pack_block(  # type: ignore[no-untyped-def]

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from evoloss.engine.row_vectors import row_function
+
 TILE_BYTES = 64
 """A row of a tile: a cache line, and a whole number of any processor's vectors."""
 
@@ -42,6 +44,12 @@ def make_tiles(matrix: Tensor) -> Tiles:
         values[whole, :, rest:] = 0.0
         values[whole, :, :rest] = matrix[:, whole * width :]
     return Tiles(values, columns)
+
+
+@row_function
+def find_place(row, column, rows, width):  # type: ignore[no-untyped-def]
+    """Return where an element of a matrix of so many rows is in the flat values of its `Tiles`."""
+    return (column // width * rows + row) * width + column % width
 
 
 def is_tiled(weight: Tensor) -> bool:
